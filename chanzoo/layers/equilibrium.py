@@ -1,0 +1,132 @@
+"""Channel Equilibrium: batch decorrelation and instance re-weighting, mixed by one learned scalar.
+
+Follows Shao et al., "Channel Equilibrium Networks for Learning Deep Representation" (ICML 2020,
+arXiv:2003.00214). Both branches are linear in the input, so they are added as small matrices and
+applied once. Unlike the authors' code: statistics in 32-bit floats whatever the input, valid fresh
+buffers, no NaN for constant inputs, optional statistics over all processes.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .decorrelation import BatchDecorrelation, instance_variance, sample_statistics
+from .reweight import AdaptiveInstanceInverse
+
+__all__ = ["ChannelEquilibrium", "EquilibriumAct"]
+
+
+@register_notrace_module
+class ChannelEquilibrium(nn.Module):
+    """``λ · BD(x) + (1 − λ) · IR(x)`` with ``λ = sigmoid(mix)``; between a norm and its activation.
+
+    BD is :class:`BatchDecorrelation`, IR is :class:`AdaptiveInstanceInverse`. In training samples
+    depend on each other (covariance, scale); in evaluation they do not.
+
+    Attributes:
+        mix: Parameter ``(1,)``, the logit of λ, 0 when fresh.
+        decorrelation: Holds the buffer ``running_wm``.
+        reweight: Holds ``fc1``, ``norm``, ``fc2`` and the buffer ``running_scale``.
+
+    Source:
+        Shao et al. 2020, arXiv:2003.00214.
+
+    Example:
+        >>> layer = ChannelEquilibrium(24).eval()
+        >>> layer(torch.randn(2, 24, 7, 7)).shape
+        torch.Size([2, 24, 7, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        group_size: int = 16,
+        reduction: int = 4,
+        newton_steps: int = 3,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Build the layer.
+
+        Args:
+            channels: Channels of the input.
+            group_size: Channels per decorrelated group; halved until it divides ``channels``.
+            reduction: Channels per hidden feature of the re-weighting.
+            newton_steps: Newton iterations (the paper's T). Trained weights expect 3.
+            eps: Added to the diagonal of the covariance.
+            momentum: Weight of the newest statistics in the moving averages.
+            sync: Share statistics between processes in training (like synchronised batch norm).
+            device: Where to create parameters and buffers.
+            dtype: Type of parameters and buffers; statistics are computed in 32-bit floats at least.
+
+        Raises:
+            ValueError: ``channels``, ``group_size`` or ``newton_steps`` is below 1.
+        """
+        super().__init__()
+        self.decorrelation = BatchDecorrelation(
+            channels, group_size, newton_steps, eps, momentum, sync, device, dtype
+        )
+        self.reweight = AdaptiveInstanceInverse(channels, reduction, momentum, sync, device, dtype)
+        self.mix = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the two branches.
+
+        Shape:
+            x ``(b, c, h, w)`` → the same, type of ``x``.
+
+        Raises:
+            ValueError: Training on maps of a single pixel, which have no variance.
+        """
+        if not torch.jit.is_scripting() and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        g, d = self.decorrelation.groups, self.decorrelation.group_size
+        maps = x.reshape(b * g, d, h * w)
+        if self.training:
+            if h * w == 1:
+                raise ValueError(
+                    f"channel equilibrium got maps of 1×1 pixels (input {list(x.shape)}): a single pixel has no "
+                    "variance to learn from. Train with larger images; evaluation works at any size."
+                )
+            mean, moment = sample_statistics(maps)
+            variance = torch.diagonal(moment, dim1=1, dim2=2).reshape(b, c) / (h * w - 1)
+            whitener = self.decorrelation.whitener(mean.view(b, g, d), moment.view(b, g, d, d), h * w)
+        else:
+            variance = instance_variance(x)
+            whitener = self.decorrelation.running_wm.to(variance.dtype)
+        gain = self.reweight.gate(variance) / self.reweight.scale(variance)
+        mix = torch.sigmoid(self.mix.to(variance.dtype))
+        operator = mix * whitener + torch.diag_embed(((1 - mix) * gain).view(b, g, d))
+        return torch.bmm(operator.view(b * g, d, d).to(x.dtype), maps).view(b, c, h, w)
+
+
+class EquilibriumAct(nn.Module):
+    """Channel Equilibrium, then an activation: fills the activation slot behind a norm.
+
+    Source:
+        arXiv:2003.00214 (position of the layer).
+    """
+
+    def __init__(self, ce: nn.Module, act: nn.Module) -> None:
+        """Join a layer and the activation that follows it."""
+        super().__init__()
+        self.ce = ce
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both.
+
+        Shape:
+            x ``(b, c, h, w)`` → the same.
+        """
+        return self.act(self.ce(x))
