@@ -83,9 +83,11 @@ class ChannelEquilibrium(nn.Module):
         Raises:
             ValueError: Training on maps of a single pixel, which have no variance.
         """
-        if not torch.jit.is_scripting() and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self._forward(x)
+        if not torch.jit.is_scripting():
+            device = x.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return self._forward(x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:

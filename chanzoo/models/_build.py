@@ -1,32 +1,66 @@
-"""The thin call into timm's builder, and the config rows that our families share."""
+"""The thin call into timm's builder, our weight resolution, and the config rows that our families share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg
 from torch import nn
 
-__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "build", "cifar_cfg"]
+from ..errors import UsageError
+from ..store import find_local, load_tensors, locate, parse_tensors, row_for
+from ..weights import DATASETS, IMAGENET_MEAN, IMAGENET_STD, weights_of
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+__all__ = ["arch_cfgs", "build", "cifar_cfg", "imagenet_cfg"]
+
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     """Config of a network for 32×32 images with ten classes."""
+    return {**DATASETS["c10j"].cfg(stride=4), "first_conv": "conv1", "classifier": "fc", **kwargs}
+
+
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Config of a network for ImageNet-1k at 224×224 with a total stride of 32."""
     return {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
         "interpolation": "bilinear",
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "first_conv": "conv1",
         "classifier": "fc",
         **kwargs,
     }
+
+
+def arch_cfgs(archs: Iterable[str], base: dict[str, Any], stride: int = 32) -> dict[str, dict[str, Any]]:
+    """Config entries of architectures: one per weight row, or the bare architecture without rows.
+
+    Args:
+        archs: Registered names.
+        base: What they share.
+        stride: By which the features are smaller than the image.
+    """
+    cfgs = {}
+    for arch in archs:
+        for row in weights_of(arch):
+            source: dict[str, Any] = {}
+            if row.revision:
+                source["hf_hub_id"] = f"{row.hub_repo}@{row.revision}"
+                source["hf_hub_filename"] = "model.safetensors"
+            if path := find_local(row):
+                source["file"] = str(path)
+            data = DATASETS[row.dataset].cfg(stride)
+            cfgs[row.name] = {**base, **data, "license": row.licence, "paper_ids": row.paper, **source}
+        if not weights_of(arch):
+            cfgs[arch] = base
+    return cfgs
 
 
 def build(
@@ -36,13 +70,70 @@ def build(
     *,
     defaults: dict[str, Any] | None = None,
     out_indices: tuple[int, ...] = (0, 1, 2, 3, 4),
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build ``variant`` through timm; ``defaults`` give way to what the user passed."""
-    return build_model_with_cfg(
+    """Build ``variant`` through timm, with weights from our store when pretrained ones are asked for.
+
+    Args:
+        model_cls: Network class, or a function that makes one.
+        variant: Registered name.
+        pretrained: Load weights.
+        defaults: Constructor arguments that give way to a weight row's, and those to the user's.
+        out_indices: Feature levels that ``features_only`` returns unless told otherwise.
+        pretrained_cfg: timm's: None, a tag, or a whole config (``hf-hub:``, ``local-dir:``).
+        pretrained_cfg_overlay: timm's: entries over the config; a ``file`` here is the explicit file.
+        cache_dir: Where the Hub's client keeps files.
+        **kwargs: For the constructor and for timm's builder.
+
+    Raises:
+        NoWeightsError: No such weights.
+        WeightsRejectedError: The file is not the published one.
+        HubError: The weights are on the Hub only, and it cannot be reached.
+        UsageError: The explicit file does not exist.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    row_args: dict[str, Any] = {}
+    if pretrained_cfg is None or isinstance(pretrained_cfg, str):
+        tag = pretrained_cfg or None
+        if pretrained and not any(overlay.get(key) for key in _SOURCES):
+            row = row_for(variant, tag)
+            pretrained_cfg = row.tag
+            row_args = row.model_args
+            overlay["state_dict"] = load_tensors(row, locate(row, cache_dir))
+        elif pretrained and overlay.get("file"):
+            overlay = _explicit_file(variant, tag, overlay)
+        elif tag and get_pretrained_cfg(f"{variant}.{tag}", allow_unregistered=False):
+            row_args = next((row.model_args for row in weights_of(variant) if row.tag == tag), {})
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **{**(defaults or {}), **kwargs},
+        **{**(defaults or {}), **row_args, **kwargs},
     )
+    for holder in (model, getattr(model, "model", None)):  # a feature wrapper keeps the network inside
+        if isinstance(cfg := getattr(holder, "pretrained_cfg", None), dict):
+            cfg.pop("state_dict", None)
+    return model
+
+
+def _explicit_file(variant: str, tag: str | None, overlay: dict[str, Any]) -> dict[str, Any]:
+    """Check an explicit file. It stands in for the row's file, unless it says it is something else.
+
+    timm's train script says so by ``num_classes=-1`` (``--pretrained-path``): such a file is the user's
+    own, of which no row knows the hash.
+    """
+    path = Path(overlay["file"])
+    if not path.is_file():
+        raise UsageError(f'no weight file "{path}" for {variant}.\n  No network was built.')
+    if "num_classes" not in overlay and weights_of(variant):
+        overlay["state_dict"] = load_tensors(row_for(variant, tag), path)
+    elif path.suffix == ".safetensors":
+        overlay["state_dict"] = parse_tensors(path.read_bytes(), path)
+    return overlay

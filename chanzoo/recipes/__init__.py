@@ -1,0 +1,1 @@
+"""How to train: YAML files for the train script of timm, and the queue of wanted weights."""
