@@ -1,0 +1,215 @@
+"""Train the next wanted weight of the zoo and file the result.
+
+    TIMM_REPO=... python scripts/train_next.py --data c10j=FOLDER --device cpu
+    python scripts/train_next.py --weight cifar_resnet20.c10j --data c10j=FOLDER --file-only --hours 1.1
+
+A run is resumed from its checkpoint after any interruption. Filing writes ``weights/<arch.tag>/`` (the
+file in 16-bit floats and the evidence beside it), measures accuracy from that very file, adds the row to
+``chanzoo/weights.json`` and builds the cards anew. Needs timm's checkout in ``$TIMM_REPO``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+import chanzoo
+from chanzoo.errors import ChanzooError, UsageError
+from chanzoo.measure import count_macs, count_params
+from chanzoo.measure.accuracy import evaluate
+from chanzoo.recipes.check import check_recipe, launch_command, recipe_path, wanted
+from chanzoo.recipes.table import RECIPES, RUNS, Run
+from chanzoo.weights import DATASETS, Weight, load_rows, save_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+# Newest first: the finished checkpoint, the one being moved into its place, then numbered ones.
+CHECKPOINTS = ("last.pth.tar", "tmp.pth.tar", "checkpoint-*.pth.tar")
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", action="append", default=[], metavar="TAG=FOLDER", help="where a data set is")
+    parser.add_argument("--weight", metavar="ARCH.TAG", help="this one instead of the next wanted one")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="only runs meant for this device")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the checkpoints")
+    parser.add_argument("--file-only", action="store_true", help="the run has ended: file it")
+    parser.add_argument("--hours", type=float, help="wall-clock hours, for a run that was started by hand")
+    args = parser.parse_args()
+    try:
+        run = pick(args.weight, args.device)
+        data = data_folder(run, args.data)
+        out = args.runs / run.weight
+        if not args.file_only:
+            train(run, data, out)
+        row = file_run(run, data, out, args.hours)
+    except ChanzooError as error:
+        print(f"train_next: {error}", file=sys.stderr)
+        return error.exit_code
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "build_cards.py")], check=True)
+    print(f"{row.name}: top-1 {100 * row.metrics['top1']:.2f} %, {row.file_bytes:,} bytes, filed")
+    return 0
+
+
+def pick(weight: str | None, device: str | None) -> Run:
+    """The run of a weight, or the next wanted one; the costliest first on a GPU, whose time is lent."""
+    if weight:
+        runs = [run for run in RUNS if run.weight == weight]
+    else:
+        runs = [run for run in wanted() if device in (None, run.device)]
+        if device == "gpu":
+            runs.sort(key=lambda run: -run.cost_hours)
+    if not runs:
+        raise UsageError(f"no run for {weight}" if weight else "no weight is wanted; nothing to train.")
+    return runs[0]
+
+
+def data_folder(run: Run, folders: list[str]) -> str:
+    """Folder of the run's data set, from ``TAG=FOLDER`` options."""
+    tag = RECIPES[run.recipe].dataset
+    found = dict(item.partition("=")[::2] for item in folders).get(tag)
+    if not found or not Path(found).is_dir():
+        raise UsageError(f"{run.weight} needs {DATASETS[tag].title}: pass --data {tag}=FOLDER (found: {found}).")
+    return found
+
+
+def train(run: Run, data: str, out: Path) -> None:
+    """Train to the end, from the newest checkpoint that opens; keeps a log and the hours spent."""
+    if problems := check_recipe(recipe_path(run.recipe)):
+        raise UsageError(f"{run.recipe}: line {problems[0].line}: unknown key {problems[0].key}")
+    out.mkdir(parents=True, exist_ok=True)
+    command = [*launch_command(run, data), "--output", str(out.parent), "--experiment", out.name]
+    if checkpoint := newest_checkpoint(out):
+        command += ["--resume", str(checkpoint)]
+    print(f"{run.weight}: {'resuming' if checkpoint else 'starting'}, log in {out / 'log.txt'}", flush=True)
+    start = time.time()
+    try:
+        with (out / "log.txt").open("a") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    finally:
+        with (out / "hours.txt").open("a") as hours:
+            hours.write(f"{(time.time() - start) / 3600:.4f}\n")
+    if code:
+        raise ChanzooError(f"the train script ended with {code}: see {out / 'log.txt'}. Run this again to resume.")
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of a run that can be opened; a half-written one is passed over."""
+    for pattern in CHECKPOINTS:
+        for path in sorted(out.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True):
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                print(f"passed over {path}: {error}", file=sys.stderr)
+                continue
+            return path
+    return None
+
+
+def to_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published form of a state dict: 16-bit floats, contiguous; integers stay."""
+    half = {}
+    for key, value in state.items():
+        half[key] = value.half().contiguous() if value.is_floating_point() else value.contiguous()
+        if value.is_floating_point() and not torch.isfinite(half[key]).all():
+            raise ChanzooError(f"{key} does not fit into 16-bit floats or is not finite; nothing was filed.")
+    return half
+
+
+def file_run(run: Run, data: str, out: Path, hours: float | None) -> Weight:
+    """Write the weight folder and the row of a finished run."""
+    checkpoint = newest_checkpoint(out)
+    if not checkpoint:
+        raise UsageError(f"{out} holds no checkpoint: train first.")
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    epochs = saved["args"]["epochs"] if isinstance(saved["args"], dict) else saved["args"].epochs
+    if saved["epoch"] + 1 < epochs:
+        raise UsageError(f"{out} has reached epoch {saved['epoch'] + 1} of {epochs}: train to the end first.")
+    if hours is None:
+        hours = sum(float(line) for line in (out / "hours.txt").read_text().split())
+    dataset = DATASETS[RECIPES[run.recipe].dataset]
+    content = save(to_half(saved["state_dict"]))  # no metadata: equal tensors give equal bytes
+
+    model = timm.create_model(run.model, num_classes=dataset.num_classes)
+    model.load_state_dict(load(content))
+    result = evaluate(model, data, split="val")
+    trained = (out / "summary.csv").read_text().strip().splitlines()
+    row = Weight(
+        name=run.weight,
+        dataset=dataset.tag,
+        recipe=run.recipe,
+        command=neutral_command(run),
+        seed=run.seed,
+        hours=round(hours, 2),
+        metrics={"top1": round(result.top1, 6), "top5": round(result.top5, 6)},
+        params=count_params(model),
+        macs=count_macs(model, dataset.input_size),
+        file_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        licence="apache-2.0",
+        paper=run.paper,
+    )
+    folder = ROOT / "weights" / run.weight
+    partial = folder.with_name(f".{run.weight}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(content)
+    shutil.copyfile(recipe_path(run.recipe), partial / "recipe.yaml")
+    (partial / "summary.csv").write_text("\n".join(trained) + "\n")
+    evidence = {"weight": run.weight, "dataset": dataset.title, "split": "val", "images": result.images}
+    evidence |= {"sha256": row.sha256, "metrics": row.metrics, "command": f"chanzoo eval {run.weight} DATA"}
+    (partial / "eval.json").write_text(json.dumps(evidence, indent=1) + "\n")
+    (partial / "notes.md").write_text(notes(row, trained))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    rows = load_rows()
+    rows[row.name] = row
+    save_rows(rows)
+    return row
+
+
+def neutral_command(run: Run) -> str:
+    """The command line without the paths of this machine."""
+    command = launch_command(run, "DATA", script="$TIMM_REPO/train.py")[1:]
+    return " ".join(["python", *(part.replace(str(recipe_path(run.recipe)), "recipe.yaml") for part in command)])
+
+
+def notes(row: Weight, summary: list[str]) -> str:
+    """What a reader cannot see from the other files."""
+    last = dict(zip(summary[0].split(","), summary[-1].split(","), strict=True))
+    cpu = next(iter(re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))), platform.processor())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {os.cpu_count()} cores, shared"
+    return (
+        f"# {row.name}\n\n"
+        f"- Trained for {len(summary) - 1} epochs in {row.hours} h (seed {row.seed}) on {device}; "
+        f"torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}, chanzoo {chanzoo.__version__}.\n"
+        f"- The last epoch's own evaluation (training precision): top-1 {float(last['eval_top1']):.2f} %. "
+        f"Measured from the 16-bit file, in 32-bit floats: {100 * row.metrics['top1']:.2f} %.\n"
+        f"- The weights are those of the last epoch, not of the best one.\n"
+        f"- {DATASETS[row.dataset].title}: {DATASETS[row.dataset].note}\n"
+    )
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
