@@ -33,7 +33,7 @@ from chanzoo.measure import count_macs, count_params
 from chanzoo.measure.accuracy import evaluate
 from chanzoo.recipes.check import check_recipe, launch_command, recipe_path, wanted
 from chanzoo.recipes.table import RECIPES, RUNS, Run
-from chanzoo.weights import DATASETS, Weight, load_rows, save_rows
+from chanzoo.weights import DATASETS, TABLE, Weight, load_rows, save_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 # Newest first: the finished checkpoint, the one being moved into its place, then numbered ones.
@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "gpu"), help="only runs meant for this device")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the checkpoints")
     parser.add_argument("--file-only", action="store_true", help="the run has ended: file it")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout whose weights/ and table are written")
     parser.add_argument("--hours", type=float, help="wall-clock hours, for a run that was started by hand")
     args = parser.parse_args()
     try:
@@ -56,11 +57,12 @@ def main() -> int:
         out = args.runs / run.weight
         if not args.file_only:
             train(run, data, out)
-        row = file_run(run, data, out, args.hours)
+        row = file_run(run, data, out, args.root, args.hours)
     except ChanzooError as error:
         print(f"train_next: {error}", file=sys.stderr)
         return error.exit_code
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "build_cards.py")], check=True)
+    if args.root == ROOT:
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "build_cards.py")], check=True)
     print(f"{row.name}: top-1 {100 * row.metrics['top1']:.2f} %, {row.file_bytes:,} bytes, filed")
     return 0
 
@@ -130,8 +132,8 @@ def to_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return half
 
 
-def file_run(run: Run, data: str, out: Path, hours: float | None) -> Weight:
-    """Write the weight folder and the row of a finished run."""
+def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) -> Weight:
+    """Write the weight folder and the row of a finished run into the checkout ``root``."""
     checkpoint = newest_checkpoint(out)
     if not checkpoint:
         raise UsageError(f"{out} holds no checkpoint: train first.")
@@ -163,7 +165,7 @@ def file_run(run: Run, data: str, out: Path, hours: float | None) -> Weight:
         licence="apache-2.0",
         paper=run.paper,
     )
-    folder = ROOT / "weights" / run.weight
+    folder = root / "weights" / run.weight
     partial = folder.with_name(f".{run.weight}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -176,9 +178,10 @@ def file_run(run: Run, data: str, out: Path, hours: float | None) -> Weight:
     (partial / "notes.md").write_text(notes(row, trained))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    rows = load_rows()
+    table = root / TABLE.relative_to(ROOT)
+    rows = load_rows(table)
     rows[row.name] = row
-    save_rows(rows)
+    save_rows(rows, table)
     return row
 
 

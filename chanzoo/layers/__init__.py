@@ -1,7 +1,7 @@
 """Layers: tensors in, tensors out. They import torch and ``timm.layers`` only."""
 
 from .decorrelation import BatchDecorrelation, inverse_sqrt
-from .equilibrium import ChannelEquilibrium, EquilibriumAct
+from .equilibrium import ChannelEquilibrium, EquilibriumAct, MergedEquilibrium
 from .reweight import AdaptiveInstanceInverse
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
     "BatchDecorrelation",
     "ChannelEquilibrium",
     "EquilibriumAct",
+    "MergedEquilibrium",
     "inverse_sqrt",
 ]

@@ -15,7 +15,22 @@ from torch import Tensor, nn
 from .decorrelation import BatchDecorrelation, instance_variance, sample_statistics
 from .reweight import AdaptiveInstanceInverse
 
-__all__ = ["ChannelEquilibrium", "EquilibriumAct"]
+__all__ = ["ChannelEquilibrium", "EquilibriumAct", "MergedEquilibrium"]
+
+
+def mix_channels(x: Tensor, operator: Tensor, gain: Tensor) -> Tensor:
+    """Apply ``operator + diag(gain)`` to the channels of each sample, group by group.
+
+    Shape:
+        x ``(b, g·d, h, w)``, operator ``(g, d, d)``, gain ``(b, g·d)`` → the shape and type of ``x``.
+
+    Source:
+        arXiv:2003.00214: both branches are linear in ``x``, so they add up to one matrix.
+    """
+    b, c, h, w = x.shape
+    g, d = operator.shape[0], operator.shape[1]
+    matrix = operator + torch.diag_embed(gain.view(b, g, d))
+    return torch.bmm(matrix.view(b * g, d, d).to(x.dtype), x.reshape(b * g, d, h * w)).view(b, c, h, w)
 
 
 @register_notrace_module
@@ -108,8 +123,61 @@ class ChannelEquilibrium(nn.Module):
             whitener = self.decorrelation.running_wm.to(variance.dtype)
         gain = self.reweight.gate(variance) / self.reweight.scale(variance)
         mix = torch.sigmoid(self.mix.to(variance.dtype))
-        operator = mix * whitener + torch.diag_embed(((1 - mix) * gain).view(b, g, d))
-        return torch.bmm(operator.view(b * g, d, d).to(x.dtype), maps).view(b, c, h, w)
+        return mix_channels(x, mix * whitener, (1 - mix) * gain)
+
+    @torch.no_grad()
+    def fuse(self) -> MergedEquilibrium:
+        """The evaluation form of this layer; ``timm.utils.reparameterize_model`` puts it in its place."""
+        wide = torch.promote_types(self.mix.dtype, torch.float32)
+        mix = torch.sigmoid(self.mix.to(wide))
+        operator = mix * self.decorrelation.running_wm.to(wide)
+        scale = (1 - mix) / self.reweight.running_scale.to(wide)
+        return MergedEquilibrium(operator.to(self.mix.dtype), scale.to(self.mix.dtype), self.reweight)
+
+
+@register_notrace_module
+class MergedEquilibrium(nn.Module):
+    """Channel Equilibrium for evaluation only, everything constant worked out beforehand.
+
+    Attributes:
+        operator: Buffer ``(g, d, d)``, ``λ · running_wm``.
+        scale: Buffer ``(1,)``, ``(1 − λ) / running_scale``.
+        reweight: Holds ``fc1``, ``norm`` and ``fc2`` of the layer it was made from.
+
+    Source:
+        arXiv:2003.00214, with both branches merged.
+    """
+
+    def __init__(self, operator: Tensor, scale: Tensor, reweight: AdaptiveInstanceInverse) -> None:
+        """Take the constants of a trained layer; see :meth:`ChannelEquilibrium.fuse`."""
+        super().__init__()
+        self.register_buffer("operator", operator)
+        self.register_buffer("scale", scale)
+        self.reweight = reweight
+        self.train(reweight.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the two branches.
+
+        Shape:
+            x ``(b, c, h, w)`` → the same, type of ``x``.
+
+        Raises:
+            RuntimeError: In training mode.
+        """
+        if self.training:
+            raise RuntimeError("this Channel Equilibrium layer was merged for inference and cannot train.")
+        if not torch.jit.is_scripting():
+            device = x.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        variance = instance_variance(x)
+        gain = self.scale.to(variance.dtype) * self.reweight.gate(variance)
+        return mix_channels(x, self.operator.to(variance.dtype), gain)
 
 
 class EquilibriumAct(nn.Module):

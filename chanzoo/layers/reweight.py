@@ -15,8 +15,6 @@ from .decorrelation import all_reduce_sum, instance_variance
 
 __all__ = ["AdaptiveInstanceInverse"]
 
-_VARIANCE_FLOOR = 1e-12  # below the square of any deviation that 32-bit statistics can resolve
-
 
 class AdaptiveInstanceInverse(nn.Module):
     """Gain in (0, 1) per sample and channel, over one scale for the whole layer.
@@ -88,7 +86,8 @@ class AdaptiveInstanceInverse(nn.Module):
         sums = torch.stack([variance.sum(), variance.new_full((), float(variance.numel()))])
         if self.sync:
             sums = all_reduce_sum(sums)
-        scale = (sums[0] / sums[1]).clamp(min=_VARIANCE_FLOOR).sqrt().view(1)
+        # The floor is below the square of any deviation that 32-bit statistics can resolve.
+        scale = (sums[0] / sums[1]).clamp(min=1e-12).sqrt().view(1)
         self.running_scale.lerp_(scale.detach().to(self.running_scale.dtype), self.momentum)
         return scale
 

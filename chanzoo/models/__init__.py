@@ -1,5 +1,6 @@
 """Network families; importing this package registers every name with timm."""
 
-from . import ce_resnet, cifar_resnet
+from . import ce_mobilenetv2, ce_resnet, cifar_resnet
+from .insert import add_channel_equilibrium
 
-__all__ = ["ce_resnet", "cifar_resnet"]
+__all__ = ["add_channel_equilibrium", "ce_mobilenetv2", "ce_resnet", "cifar_resnet"]

@@ -70,6 +70,7 @@ def build(
     *,
     defaults: dict[str, Any] | None = None,
     out_indices: tuple[int, ...] = (0, 1, 2, 3, 4),
+    flatten_sequential: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -83,6 +84,7 @@ def build(
         pretrained: Load weights.
         defaults: Constructor arguments that give way to a weight row's, and those to the user's.
         out_indices: Feature levels that ``features_only`` returns unless told otherwise.
+        flatten_sequential: Whether feature levels lie one ``Sequential`` below the network.
         pretrained_cfg: timm's: None, a tag, or a whole config (``hf-hub:``, ``local-dir:``).
         pretrained_cfg_overlay: timm's: entries over the config; a ``file`` here is the explicit file.
         cache_dir: Where the Hub's client keeps files.
@@ -114,7 +116,7 @@ def build(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         cache_dir=cache_dir,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=flatten_sequential),
         **{**(defaults or {}), **row_args, **kwargs},
     )
     for holder in (model, getattr(model, "model", None)):  # a feature wrapper keeps the network inside

@@ -7,7 +7,7 @@ channels) or B (1×1 projection). Differences from the paper: the zero channels 
 the implementations that later pruning and grafting papers start from.
 """
 
-from __future__ import annotations
+# No postponed annotations here: scripting an fx graph needs the type of forward's argument, not its name.
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,8 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices
-from ._build import build, cifar_cfg
+from ..layers.folding import fold_pairs, link_pair
+from ._build import arch_cfgs, build, cifar_cfg
 
 __all__ = ["CifarBlock", "CifarResNet", "PadShortcut"]
 
@@ -105,6 +106,11 @@ class CifarBlock(nn.Module):
         branch = self.act1(self.bn1(self.conv1(x)))
         branch = self.ce(self.bn2(self.conv2(branch)))
         return self.act2(self.drop_path(branch) + self.downsample(x))
+
+    def reparameterize(self) -> None:
+        """Fold every batch norm into its convolution; called by ``timm.utils.reparameterize_model``."""
+        fold_pairs(self)
+        fold_pairs(self.downsample)
 
 
 class CifarResNet(nn.Module):
@@ -195,6 +201,7 @@ class CifarResNet(nn.Module):
         self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights()
+        link_pair(self.conv1, self.bn1)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -347,7 +354,7 @@ def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Mod
 
 
 default_cfgs = generate_default_cfgs(
-    {f"cifar_resnet{depth}": cifar_cfg() for depth in (20, 32, 44, 56, 110)}
+    arch_cfgs((f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110)), cifar_cfg(), stride=4)
 )
 
 

@@ -1,0 +1,84 @@
+"""timm's unmodified train script with our models, recipes and queue."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from chanzoo.recipes.check import recipe_path
+from chanzoo.weights import TABLE, load_rows, save_rows
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(repo: Path, data: Path, out: Path, *options: str) -> list[dict[str, str]]:
+    """Run the script as a user would; returns the rows of summary.csv."""
+    command = [sys.executable, "-m", "chanzoo", "run", str(repo / "train.py")]
+    if sys.version_info >= (3, 11):
+        command = [sys.executable, "-P", str(repo / "train.py"), "--device-modules", "chanzoo"]
+    command += ["--config", str(recipe_path("c10j_40e")), "--data-dir", str(data), *options]
+    command += ["--output", str(out.parent), "--experiment", out.name]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    with (out / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_recipe_trains_a_registered_name_to_a_learning_rate_of_zero(
+    timm_repo: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    options = ("--model", "ce_cifar_resnet20", "--epochs", "3", "--warmup-epochs", "1", "--batch-size", "32")
+    rows = train(timm_repo, image_folder, tmp_path / "run", *options)
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[-1]["lr"]) < 0.01  # the last update of three epochs of four steps
+
+
+@pytest.mark.parametrize("kill_after", [1, 7])
+def test_queue_runner_resumes_after_a_kill_and_files_what_it_measured(
+    timm_repo: Path, image_folder: Path, tmp_path: Path, kill_after: int
+) -> None:
+    root, runs = tmp_path / "checkout", tmp_path / "runs"
+    table = root / TABLE.relative_to(ROOT)
+    table.parent.mkdir(parents=True)
+    save_rows({}, table)
+    command = [sys.executable, str(ROOT / "scripts" / "train_next.py"), "--weight", "cifar_resnet20.c10j"]
+    command += ["--data", f"c10j={image_folder}", "--runs", str(runs), "--root", str(root)]
+    env = {**os.environ, "TIMM_REPO": str(timm_repo), "OMP_NUM_THREADS": "1"}
+    summary = runs / "cifar_resnet20.c10j" / "summary.csv"
+
+    first = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while first.poll() is None and time.time() < deadline:
+        if summary.exists() and len(summary.read_text().splitlines()) > kill_after:
+            break
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert load_rows(table) == {} and not (root / "weights").exists()
+
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "resuming" in second.stdout
+    row = load_rows(table)["cifar_resnet20.c10j"]
+    folder = root / "weights" / row.name
+    content = (folder / "model.safetensors").read_bytes()
+    assert (hashlib.sha256(content).hexdigest(), len(content)) == (row.sha256, row.file_bytes)
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.safetensors", "recipe.yaml", "summary.csv", "eval.json", "notes.md")
+    }
+    assert len((folder / "summary.csv").read_text().splitlines()) == 41
+    assert json.loads((folder / "eval.json").read_text())["metrics"] == row.metrics
+    assert row.params == 269_722 and "$TIMM_REPO" in row.command and str(tmp_path) not in row.command
+    assert all(str(t.dtype) in ("torch.float16", "torch.int64") for t in load_file(folder / "model.safetensors").values())
