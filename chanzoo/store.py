@@ -154,7 +154,7 @@ def _rejected(name: str, path: Path, expected: str, found: str) -> WeightsReject
         f"{path} is not the published file of {name}\n"
         f"  expected  {expected}\n"
         f"  found     {found}\n"
-        "  The file was not opened and no network was built.   Restore it, or remove it to use another source.",
+        "  It was not opened, and no network was built.   Restore it, or remove it to use another source.",
         path=str(path),
         expected=expected,
         found=found,

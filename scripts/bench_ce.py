@@ -155,10 +155,14 @@ def compare(model: str, baseline: str, mode: str, batch: int, size: int, repeats
 
 def main() -> int:
     """Run the comparisons asked for."""
-    parser = argparse.ArgumentParser(description="Cost of Channel Equilibrium as ratios to the plain networks.")
+    parser = argparse.ArgumentParser(
+        description="Cost of Channel Equilibrium as ratios to the plain networks."
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 1], help="images at once (default 8 1)")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the images for inference (default 224)")
+    parser.add_argument(
+        "--size", type=int, default=224, help="pixels of the images for inference (default 224)"
+    )
     parser.add_argument("--train-size", type=int, default=128, help="pixels for training steps (default 128)")
     parser.add_argument("--repeats", type=int, default=15, help="repetitions (default 15)")
     parser.add_argument("--mode", choices=["eval", "train", "both"], default="both")

@@ -1,7 +1,7 @@
 """Build MODEL_CARDS.md and the table in README.md from the weight rows.
 
-    python scripts/build_cards.py           write both
-    python scripts/build_cards.py --check   exit 1 if one of them is stale
+python scripts/build_cards.py           write both
+python scripts/build_cards.py --check   exit 1 if one of them is stale
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def main() -> int:
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     built = {ROOT / "MODEL_CARDS.md": model_cards(), readme: with_table(readme.read_text(encoding="utf-8"))}
-    stale = [path for path, text in built.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in built.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for path in stale:
         print(f"{path.name} is stale" if check else f"{path.name} written")
         if not check:
@@ -90,7 +92,9 @@ def model_cards() -> str:
         "`weights/<name>/notes.md`. *Ours* was measured from the very file we ship; *published* is what a "
         "paper or its authors report, on other data where the table says so. The two are never mixed.\n",
         overview(),
-        "## Data sets\n\n" + "\n".join(f"- **{d.tag}**: {d.title}. {d.note}" for d in DATASETS.values()) + "\n",
+        "## Data sets\n\n"
+        + "\n".join(f"- **{d.tag}**: {d.title}. {d.note}" for d in DATASETS.values())
+        + "\n",
         *(section(family) for family in FAMILIES),
         queue(),
     ]
@@ -148,7 +152,9 @@ def seed_table(rows: list[Weight]) -> str:
         values = [100 * row.metrics["top1"] for row in group]
         each = ", ".join(f"{value:.2f}" for value in values)
         seeds = ", ".join(str(row.seed) for row in group)
-        lines.append(f"| `{arch}` | {dataset} | {recipe} | {seeds} | {each} | {statistics.mean(values):.2f} |")
+        lines.append(
+            f"| `{arch}` | {dataset} | {recipe} | {seeds} | {each} | {statistics.mean(values):.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -164,8 +170,8 @@ def claim(baseline: str, method: str) -> str:
         gains = [100 * (ours.metrics["top1"] - plain.metrics["top1"]) for plain, ours in pairs]
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
         sentences.append(
-            f"- `{method}` against `{baseline}` on {dataset}, recipe {recipe}, same seeds, initial weights and "
-            f"data order: {each} points of top-1 (mean {statistics.mean(gains):+.2f} over {len(gains)} "
+            f"- `{method}` against `{baseline}` on {dataset}, recipe {recipe}, same seeds, initial weights "
+            f"and data order: {each} points of top-1 (mean {statistics.mean(gains):+.2f} over {len(gains)} "
             f"seed{'s' if len(gains) > 1 else ''})."
         )
     return "\n".join(sentences)
@@ -181,8 +187,8 @@ def card(row: Weight) -> str:
         f"```python\nimport chanzoo, timm\n\n"
         f'model = timm.create_model("{row.name}", pretrained=True).eval()\n```\n\n'
         f"- **Made by** `{row.command}`, {row.hours} h. Evidence: `weights/{row.name}/`.\n"
-        f"- **Ours**: top-1 {100 * row.metrics['top1']:.2f} %, top-5 {100 * row.metrics['top5']:.2f} % on the "
-        f"validation images of {dataset.title}, at {dataset.input_size[1]}×{dataset.input_size[2]} pixels. "
+        f"- **Ours**: top-1 {100 * row.metrics['top1']:.2f} %, top-5 {100 * row.metrics['top5']:.2f} % on "
+        f"the validation images of {dataset.title}, at {dataset.input_size[1]}×{dataset.input_size[2]} pixels. "
         f"**Published**: {published}.\n"
         f"- **Size**: {row.params:,} parameters, {row.macs:,} MACs, {row.file_bytes:,} bytes, "
         f"sha256 `{row.sha256}`.\n"

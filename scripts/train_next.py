@@ -43,12 +43,16 @@ CHECKPOINTS = ("last.pth.tar", "tmp.pth.tar", "checkpoint-*.pth.tar")
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", action="append", default=[], metavar="TAG=FOLDER", help="where a data set is")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="TAG=FOLDER", help="where a data set is"
+    )
     parser.add_argument("--weight", metavar="ARCH.TAG", help="this one instead of the next wanted one")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="only runs meant for this device")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the checkpoints")
     parser.add_argument("--file-only", action="store_true", help="the run has ended: file it")
-    parser.add_argument("--root", type=Path, default=ROOT, help="checkout whose weights/ and table are written")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="checkout whose weights/ and table are written"
+    )
     parser.add_argument("--hours", type=float, help="wall-clock hours, for a run that was started by hand")
     args = parser.parse_args()
     try:
@@ -85,7 +89,9 @@ def data_folder(run: Run, folders: list[str]) -> str:
     tag = RECIPES[run.recipe].dataset
     found = dict(item.partition("=")[::2] for item in folders).get(tag)
     if not found or not Path(found).is_dir():
-        raise UsageError(f"{run.weight} needs {DATASETS[tag].title}: pass --data {tag}=FOLDER (found: {found}).")
+        raise UsageError(
+            f"{run.weight} needs {DATASETS[tag].title}: pass --data {tag}=FOLDER (found: {found})."
+        )
     return found
 
 
@@ -106,7 +112,9 @@ def train(run: Run, data: str, out: Path) -> None:
         with (out / "hours.txt").open("a") as hours:
             hours.write(f"{(time.time() - start) / 3600:.4f}\n")
     if code:
-        raise ChanzooError(f"the train script ended with {code}: see {out / 'log.txt'}. Run this again to resume.")
+        raise ChanzooError(
+            f"the train script ended with {code}: see {out / 'log.txt'}. Run this again to resume."
+        )
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -188,18 +196,25 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
 def neutral_command(run: Run) -> str:
     """The command line without the paths of this machine."""
     command = launch_command(run, "DATA", script="$TIMM_REPO/train.py")[1:]
-    return " ".join(["python", *(part.replace(str(recipe_path(run.recipe)), "recipe.yaml") for part in command)])
+    return " ".join(
+        ["python", *(part.replace(str(recipe_path(run.recipe)), "recipe.yaml") for part in command)]
+    )
 
 
 def notes(row: Weight, summary: list[str]) -> str:
     """What a reader cannot see from the other files."""
     last = dict(zip(summary[0].split(","), summary[-1].split(","), strict=True))
     cpu = next(iter(re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))), platform.processor())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {os.cpu_count()} cores, shared"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu}, {os.cpu_count()} cores, shared"
+    )
     return (
         f"# {row.name}\n\n"
         f"- Trained for {len(summary) - 1} epochs in {row.hours} h (seed {row.seed}) on {device}; "
-        f"torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}, chanzoo {chanzoo.__version__}.\n"
+        f"torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}, "
+        f"chanzoo {chanzoo.__version__}.\n"
         f"- The last epoch's own evaluation (training precision): top-1 {float(last['eval_top1']):.2f} %. "
         f"Measured from the 16-bit file, in 32-bit floats: {100 * row.metrics['top1']:.2f} %.\n"
         f"- The weights are those of the last epoch, not of the best one.\n"

@@ -15,7 +15,15 @@ from ..errors import UsageError
 from ..weights import WEIGHTS
 from .table import RECIPES, RUNS, Run
 
-__all__ = ["Problem", "check_recipe", "launch_command", "recipe_path", "script_options", "train_script", "wanted"]
+__all__ = [
+    "Problem",
+    "check_recipe",
+    "launch_command",
+    "recipe_path",
+    "script_options",
+    "train_script",
+    "wanted",
+]
 
 _FOLDER = Path(__file__).parent / "data"
 _SHIPPED_OPTIONS = _FOLDER / "train_options.txt"
@@ -51,7 +59,7 @@ def recipe_path(name: str) -> Path:
 
 
 def train_script() -> Path:
-    """timm's train script in the checkout named by ``$TIMM_REPO``.
+    """Timm's train script in the checkout named by ``$TIMM_REPO``.
 
     Raises:
         UsageError: The variable is not set, or the script is not there.
@@ -77,7 +85,10 @@ def script_options(script: Path) -> set[str]:
         if node.func.attr != "add_argument":
             continue
         flags = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        dest = next((k.value.value for k in node.keywords if k.arg == "dest" and isinstance(k.value, ast.Constant)), None)
+        dest = next(
+            (k.value.value for k in node.keywords if k.arg == "dest" and isinstance(k.value, ast.Constant)),
+            None,
+        )
         long = next((flag for flag in flags if flag.startswith("--")), flags[0] if flags else "")
         names.add(str(dest) if dest else long.lstrip("-").replace("-", "_"))
     return names - {"", "config"}

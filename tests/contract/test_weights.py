@@ -80,7 +80,9 @@ def test_the_metric_is_measured_again_from_the_file(row: Weight) -> None:
 
 def test_timm_lists_what_has_weights() -> None:
     listed = {name for name in timm.list_pretrained() if name in WEIGHTS}
-    registered = {row.name for row in WEIGHTS.values() if timm.is_model(row.arch) and embedded_path(row.name).is_file()}
+    registered = {
+        row.name for row in WEIGHTS.values() if timm.is_model(row.arch) and embedded_path(row.name).is_file()
+    }
     assert listed == registered == set(chanzoo.list_models(pretrained=True))
 
 

@@ -81,4 +81,7 @@ def test_queue_runner_resumes_after_a_kill_and_files_what_it_measured(
     assert len((folder / "summary.csv").read_text().splitlines()) == 41
     assert json.loads((folder / "eval.json").read_text())["metrics"] == row.metrics
     assert row.params == 269_722 and "$TIMM_REPO" in row.command and str(tmp_path) not in row.command
-    assert all(str(t.dtype) in ("torch.float16", "torch.int64") for t in load_file(folder / "model.safetensors").values())
+    assert all(
+        str(t.dtype) in ("torch.float16", "torch.int64")
+        for t in load_file(folder / "model.safetensors").values()
+    )

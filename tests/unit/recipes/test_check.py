@@ -13,7 +13,7 @@ from chanzoo.recipes import check
 from chanzoo.recipes.table import RECIPES, RUNS
 from chanzoo.weights import DATASETS, WEIGHTS
 
-SCRIPT = '''
+SCRIPT = """
 import argparse
 parser = argparse.ArgumentParser()
 parser.add_argument("--config")
@@ -21,7 +21,7 @@ group = parser.add_argument_group("x")
 group.add_argument("--lr", type=float)
 group.add_argument("-b", "--batch-size", type=int)
 group.add_argument("--torchscript", dest="script_it", action="store_true")
-'''
+"""
 
 
 def test_options_are_read_from_the_source_without_running_it(tmp_path: Path) -> None:
