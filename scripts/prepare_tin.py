@@ -17,7 +17,9 @@ from pathlib import Path
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="folder with train/, val/ and wnids.txt, as distributed")
     parser.add_argument("out", type=Path, help="folder to make")
     args = parser.parse_args()

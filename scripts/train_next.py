@@ -42,7 +42,9 @@ CHECKPOINTS = ("last.pth.tar", "tmp.pth.tar", "checkpoint-*.pth.tar")
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--data", action="append", default=[], metavar="TAG=FOLDER", help="where a data set is"
     )
@@ -87,7 +89,7 @@ def pick(weight: str | None, device: str | None) -> Run:
 def data_folder(run: Run, folders: list[str]) -> str:
     """Folder of the run's data set, from ``TAG=FOLDER`` options."""
     tag = RECIPES[run.recipe].dataset
-    found = dict(item.partition("=")[::2] for item in folders).get(tag)
+    found = {name: folder for name, _, folder in (item.partition("=") for item in folders)}.get(tag)
     if not found or not Path(found).is_dir():
         raise UsageError(
             f"{run.weight} needs {DATASETS[tag].title}: pass --data {tag}=FOLDER (found: {found})."

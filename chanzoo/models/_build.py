@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg, get_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
 from torch import nn
 
 from ..errors import UsageError
@@ -39,7 +39,9 @@ def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def arch_cfgs(archs: Iterable[str], base: dict[str, Any], stride: int = 32) -> dict[str, dict[str, Any]]:
+def arch_cfgs(
+    archs: Iterable[str], base: dict[str, Any], stride: int = 32
+) -> dict[str, dict[str, Any] | PretrainedCfg]:
     """Config entries of architectures: one per weight row, or the bare architecture without rows.
 
     Args:
@@ -47,7 +49,7 @@ def arch_cfgs(archs: Iterable[str], base: dict[str, Any], stride: int = 32) -> d
         base: What they share.
         stride: By which the features are smaller than the image.
     """
-    cfgs = {}
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     for arch in archs:
         for row in weights_of(arch):
             source: dict[str, Any] = {}

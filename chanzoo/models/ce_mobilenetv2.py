@@ -132,7 +132,12 @@ class CEMobileNetV2(EfficientNet):
         link_pair(self.conv_head, self.bn2)
 
 
-_WIDTHS = {"ce_mobilenetv2": 1.0, "ce_mobilenetv2_050": 0.5, "ce_mobilenetv2_075": 0.75, "ce_mobilenetv2_140": 1.4}
+_WIDTHS = {
+    "ce_mobilenetv2": 1.0,
+    "ce_mobilenetv2_050": 0.5,
+    "ce_mobilenetv2_075": 0.75,
+    "ce_mobilenetv2_140": 1.4,
+}
 
 default_cfgs = generate_default_cfgs(
     arch_cfgs(

@@ -144,14 +144,16 @@ class CEResNet(ResNet):
         with torch.random.fork_rng(devices=[]):
             stem = ChannelEquilibrium(64, group_size=_STEM_GROUP_SIZE, **ce)
             self.act1 = EquilibriumAct(stem, self.act1)
-            for stage, info in zip((self.layer1, self.layer2, self.layer3), self.feature_info[1:], strict=False):
+            for stage, info in zip(
+                (self.layer1, self.layer2, self.layer3), self.feature_info[1:], strict=False
+            ):
                 for unit in stage:
                     unit.se = ChannelEquilibrium(info["num_chs"], group_size=group_size, **ce)
         link_pair(self.conv1, self.bn1)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's patterns that split the parameters by depth, with CE of the stem in the stem."""
+        """Timm's patterns that split the parameters by depth, with CE of the stem in the stem."""
         return {**super().group_matcher(coarse), "stem": r"^conv1|^bn1|^act1|^maxpool"}
 
 
@@ -166,7 +168,9 @@ class CECifarResNet(CifarResNet):
         networks of this family; carrying the placement over is our choice.
     """
 
-    def __init__(self, *args: Any, sync: bool = False, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sync: bool = False, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
         """Build the network; the arguments are those of :class:`CifarResNet`.
 
         Args:
@@ -210,7 +214,7 @@ def from_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif leaf in AUTHORS_LEAVES:
             ours[f"{layer}.{AUTHORS_LEAVES[leaf]}"] = value
         elif leaf != _DEAD_LEAF:
-            raise UsageError(f'"{name}" is no entry of a Channel Equilibrium layer; nothing was converted.')
+            raise UsageError(f'"{name}" is no entry of a Channel Equilibrium layer.')
     for key in [key for key in ours if key.endswith(".running_var")]:
         ours.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     return ours
@@ -270,7 +274,9 @@ def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Mod
 
 
 def _create_cifar(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
-    return build(CECifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=depth), **kwargs)
+    return build(
+        CECifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=depth), **kwargs
+    )
 
 
 @register_model

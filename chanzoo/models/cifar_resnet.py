@@ -215,9 +215,7 @@ class CifarResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that split the parameters by depth, for layer-wise learning rates."""
-        return dict(
-            stem=r"^conv1|bn1|act1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
-        )
+        return dict(stem=r"^conv1|bn1|act1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -350,7 +348,9 @@ def _check_widths(widths: Sequence[int] | None, blocks: int) -> list[int]:
 
 
 def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
-    return build(CifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=depth), **kwargs)
+    return build(
+        CifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=depth), **kwargs
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -123,7 +123,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_slot(module: nn.Module | None) -> bool:
     """Whether a module is what :func:`_insert` makes of a plain norm."""
-    return isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], ChannelEquilibrium)
+    return (
+        isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], ChannelEquilibrium)
+    )
 
 
 def _has_layer(model: nn.Module, name: str, norm: nn.Module) -> bool:

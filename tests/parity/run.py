@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from fill import load_case, make_input
 
@@ -194,7 +195,9 @@ def run_case(path: Path) -> Outcome:
             worst = max(worst, error) if error == error else float("inf")
         return Outcome(path.stem, worst, tolerance, why)
     except Exception as error:  # a case that cannot be run is a failed case, whatever the cause
-        return Outcome(path.stem, worst, tolerance, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Outcome(
+            path.stem, worst, tolerance, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:

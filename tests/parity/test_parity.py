@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from run import find_cases, main, run_case  # noqa: E402  # a script, not a package
+from run import find_cases, main, run_case  # a script, not a package
 
 CASES = list(find_cases([str(HERE / "ce")]))
 
