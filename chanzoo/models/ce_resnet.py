@@ -269,13 +269,13 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
-    return build(CEResNet, variant, pretrained, defaults=dict(depth=depth), **kwargs)
+def _create(variant: str, pretrained: bool, default_depth: int, **kwargs: Any) -> nn.Module:
+    return build(CEResNet, variant, pretrained, defaults=dict(depth=default_depth), **kwargs)
 
 
-def _create_cifar(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
+def _create_cifar(variant: str, pretrained: bool, default_depth: int, **kwargs: Any) -> nn.Module:
     return build(
-        CECifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=depth), **kwargs
+        CECifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=default_depth), **kwargs
     )
 
 

@@ -347,9 +347,9 @@ def _check_widths(widths: Sequence[int] | None, blocks: int) -> list[int]:
     return widths
 
 
-def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
+def _create(variant: str, pretrained: bool, default_depth: int, **kwargs: Any) -> nn.Module:
     return build(
-        CifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=depth), **kwargs
+        CifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=default_depth), **kwargs
     )
 
 

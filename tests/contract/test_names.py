@@ -28,29 +28,15 @@ print(json.dumps([taken, modules, len(timm.list_models())]))
 """
 
 
-@pytest.fixture(scope="module")
-def without_us() -> tuple[list[str], list[str], int]:
+def test_our_names_and_timms_never_meet() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(NAMES)], capture_output=True, text=True, check=True
     )
-    return tuple(json.loads(done.stdout))
-
-
-@pytest.mark.xdist_group("names")
-def test_no_name_is_one_of_timms(without_us: tuple[list[str], list[str], int]) -> None:
-    taken, modules, _ = without_us
-    assert taken == []
+    taken, modules, count = json.loads(done.stdout)
+    assert taken == [], "networks of timm's"
     assert set(NAMES).isdisjoint(modules)
-
-
-@pytest.mark.xdist_group("names")
-def test_no_module_is_named_like_one_of_timms(without_us: tuple[list[str], list[str], int]) -> None:
-    assert set(MODULES).isdisjoint(without_us[1])
-
-
-@pytest.mark.xdist_group("names")
-def test_timm_lost_no_name(without_us: tuple[list[str], list[str], int]) -> None:
-    assert len(timm.list_models()) == without_us[2] + len(NAMES)
+    assert set(MODULES).isdisjoint(modules), "timm lists networks by the last part of their module"
+    assert len(timm.list_models()) == count + len(NAMES), "timm lost a name"
 
 
 @pytest.mark.parametrize("name", NAMES)

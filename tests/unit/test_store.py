@@ -98,7 +98,7 @@ def refusal(file: Path, row: Weight, found: str) -> str:
         f"{file} is not the published file of {row.name}\n"
         f"  expected  sha256 {row.sha256}, {row.file_bytes:,} bytes\n"
         f"  found     {found}\n"
-        "  The file was not opened and no network was built."
+        "  It was not opened, and no network was built."
     )
 
 
