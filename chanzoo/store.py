@@ -114,6 +114,8 @@ def _download(row: Weight, cache_dir: str | Path | None) -> Path:
 def load_tensors(row: Weight, path: Path) -> dict[str, Tensor]:
     """Read the file of a row after checking that it is the published one.
 
+    16-bit floats come back as 32-bit ones, so that adapting them to a network rounds nothing.
+
     Raises:
         WeightsRejectedError: The file is unreadable, has another size or another sha256.
     """
@@ -125,7 +127,8 @@ def load_tensors(row: Weight, path: Path) -> dict[str, Tensor]:
     digest = hashlib.sha256(data).hexdigest()
     if digest != row.sha256:
         raise _rejected(row.name, path, expected, f"sha256 {digest}, {len(data):,} bytes")
-    return parse_tensors(data, path)
+    tensors = parse_tensors(data, path)
+    return {key: value.float() if value.itemsize == 2 else value for key, value in tensors.items()}
 
 
 def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:

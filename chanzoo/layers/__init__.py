@@ -1,7 +1,7 @@
 """Layers: tensors in, tensors out. They import torch and ``timm.layers`` only."""
 
 from .decorrelation import BatchDecorrelation, inverse_sqrt
-from .equilibrium import ChannelEquilibrium, EquilibriumAct, MergedEquilibrium
+from .equilibrium import ChannelEquilibrium, EquilibriumAct, EquilibriumConv2d, MergedEquilibrium
 from .reweight import AdaptiveInstanceInverse
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "BatchDecorrelation",
     "ChannelEquilibrium",
     "EquilibriumAct",
+    "EquilibriumConv2d",
     "MergedEquilibrium",
     "inverse_sqrt",
 ]

@@ -6,7 +6,7 @@ trace scaling of the covariance. Unlike their code, statistics are always comput
 wider) floats, fresh buffers are valid, and statistics can be shared between processes.
 """
 
-from __future__ import annotations
+# No postponed annotations in this file: TorchScript reads the types of buffers from the class.
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class _SampleStatistics(torch.autograd.Function):
         return stats
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_moment: Tensor) -> Tensor:
+    def backward(ctx, grad_mean: Tensor, grad_moment: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean = ctx.saved_tensors
         # moment = xc xcᵀ with xc = x - mean, whose pixels sum to zero, so the mean gets no share of it.
         symmetric = grad_moment + grad_moment.transpose(1, 2)
@@ -129,7 +129,7 @@ class _AllReduceSum(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = grad.clone()
         torch.distributed.all_reduce(grad)
         return grad
@@ -144,7 +144,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     Source:
         Gradient of a sum over ranks: the sum of the ranks' gradients.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # noqa: SIM102  # TorchScript leaves out the inside of this alone
         if is_distributed():
             return _AllReduceSum.apply(value)
     return value
@@ -186,6 +186,8 @@ class BatchDecorrelation(nn.Module):
     Source:
         Shao et al. 2020, arXiv:2003.00214 (batch decorrelation).
     """
+
+    running_wm: Tensor
 
     def __init__(
         self,

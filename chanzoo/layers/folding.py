@@ -9,6 +9,8 @@ for free. ``timm.utils.reparameterize_model`` visits every module but the networ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ def can_fold(conv: nn.Module | None, norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
+def fold(conv: nn.Conv2d, norm: Any) -> nn.Module:
     """Fold a batch norm into a convolution, in place.
 
     Args:
@@ -46,25 +48,20 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
     if not can_fold(conv, norm):
         raise ValueError(f"cannot fold {norm} into {conv}; nothing was changed.")
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = torch.rsqrt(_wide(norm.running_var, dtype) + norm.eps)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:
-        scale = scale * _wide(norm.weight, dtype)
-    shift = -_wide(norm.running_mean, dtype)
+        scale = scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype)
     if conv.bias is not None:
         shift = shift + conv.bias.to(dtype)
     shift = shift * scale
     if norm.bias is not None:
-        shift = shift + _wide(norm.bias, dtype)
+        shift = shift + norm.bias.to(dtype)
     weight = conv.weight.to(dtype) * scale.view(-1, 1, 1, 1)
     conv.weight.copy_(weight)
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
     act = getattr(norm, "act", None)
     return act if isinstance(act, nn.Module) else nn.Identity().train(norm.training)
-
-
-def _wide(value: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert value is not None
-    return value.to(dtype)
 
 
 def fold_pairs(module: nn.Module) -> None:
@@ -119,5 +116,5 @@ def link_pair(conv: nn.Module, norm: nn.Module) -> None:
     """
     if isinstance(conv, nn.Conv2d) and can_fold(conv, norm):
         link = FoldLink(conv, norm)
-        conv.reparameterize = link.meet  # pyright: ignore[reportAttributeAccessIssue]
-        norm.fuse = link.fuse  # pyright: ignore[reportAttributeAccessIssue]
+        conv.reparameterize = link.meet  # pyright: ignore[reportArgumentType]
+        norm.fuse = link.fuse  # pyright: ignore[reportArgumentType]

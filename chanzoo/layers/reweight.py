@@ -5,7 +5,7 @@ arXiv:2003.00214). Unlike the authors' code the fresh layer can be evaluated (it
 and an input without any variance gives finite numbers.
 """
 
-from __future__ import annotations
+# No postponed annotations in this file: TorchScript reads the types of buffers from the class.
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class AdaptiveInstanceInverse(nn.Module):
         Shao et al. 2020, arXiv:2003.00214 (adaptive instance inverse; "adaptive reweight" in the
         authors' code).
     """
+
+    running_scale: Tensor
 
     def __init__(
         self,

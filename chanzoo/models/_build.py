@@ -71,7 +71,7 @@ def build(
     pretrained: bool,
     *,
     defaults: dict[str, Any] | None = None,
-    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4),
+    feature_levels: tuple[int, ...] = (0, 1, 2, 3, 4),
     flatten_sequential: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -85,7 +85,7 @@ def build(
         variant: Registered name.
         pretrained: Load weights.
         defaults: Constructor arguments that give way to a weight row's, and those to the user's.
-        out_indices: Feature levels that ``features_only`` returns unless told otherwise.
+        feature_levels: Levels that ``features_only`` returns unless told otherwise.
         flatten_sequential: Whether feature levels lie one ``Sequential`` below the network.
         pretrained_cfg: timm's: None, a tag, or a whole config (``hf-hub:``, ``local-dir:``).
         pretrained_cfg_overlay: timm's: entries over the config; a ``file`` here is the explicit file.
@@ -96,7 +96,7 @@ def build(
         NoWeightsError: No such weights.
         WeightsRejectedError: The file is not the published one.
         HubError: The weights are on the Hub only, and it cannot be reached.
-        UsageError: The explicit file does not exist.
+        UsageError: The explicit file does not exist or cannot be read.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     row_args: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def build(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         cache_dir=cache_dir,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=flatten_sequential),
+        feature_cfg=dict(out_indices=feature_levels, flatten_sequential=flatten_sequential),
         **{**(defaults or {}), **row_args, **kwargs},
     )
     for holder in (model, getattr(model, "model", None)):  # a feature wrapper keeps the network inside
@@ -139,5 +139,8 @@ def _explicit_file(variant: str, tag: str | None, overlay: dict[str, Any]) -> di
     if "num_classes" not in overlay and weights_of(variant):
         overlay["state_dict"] = load_tensors(row_for(variant, tag), path)
     elif path.suffix == ".safetensors":
-        overlay["state_dict"] = parse_tensors(path.read_bytes(), path)
+        try:
+            overlay["state_dict"] = parse_tensors(path.read_bytes(), path)
+        except OSError as error:
+            raise UsageError(f'cannot read "{path}": {error.strerror}.\n  No network was built.') from error
     return overlay

@@ -124,7 +124,8 @@ class CEMobileNetV2(EfficientNet):
             group_size=group_size, reduction=reduction, sync=sync, device=device, dtype=dtype
         )
         with torch.random.fork_rng(devices=[]):
-            for block in (block for stage in self.blocks for block in stage):
+            stages: Any = self.blocks
+            for block in (block for stage in stages for block in stage):
                 block.__class__, name = _BLOCKS[type(block)]
                 norm = getattr(block, name)
                 norm.act = EquilibriumAct(ChannelEquilibrium(norm.num_features, **ce), norm.act)

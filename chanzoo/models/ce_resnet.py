@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..layers import ChannelEquilibrium, EquilibriumAct
+from ..layers import ChannelEquilibrium, EquilibriumAct, EquilibriumConv2d
 from ..layers.folding import fold_pairs, link_pair
 from ._build import arch_cfgs, build, cifar_cfg, imagenet_cfg
 from .cifar_resnet import CifarResNet
@@ -25,6 +25,10 @@ from .cifar_resnet import CifarResNet
 __all__ = ["AUTHORS_LEAVES", "CECifarResNet", "CEResNet", "from_authors", "to_authors"]
 
 _STEM_GROUP_SIZE = 64  # the authors' networks decorrelate the whole stem at once
+
+# Up to this input width the last convolution of a bottleneck and its CE layer are faster as one: see
+# scripts/bench_ce.py. In layer2 (128) it makes no difference, in layer3 (256) it costs twice the time.
+_NARROW = 64
 
 # The authors' names of what a CE layer holds, and ours.
 AUTHORS_LEAVES = {
@@ -51,8 +55,13 @@ class FoldableBottleneck(Bottleneck):
     """timm's bottleneck block, able to fold its batch norms for inference."""
 
     def reparameterize(self) -> None:
-        """Fold every batch norm into its convolution; called by ``timm.utils.reparameterize_model``."""
+        """Fold every batch norm, and CE if that pays, into convolutions; called as above."""
         _fold_block(self)
+        ce: Any = self.se
+        conv = self.conv3
+        if isinstance(ce, ChannelEquilibrium) and conv.in_channels <= _NARROW and conv.bias is not None:
+            self.conv3 = EquilibriumConv2d(conv, ce.fuse())
+            self.se = None
 
 
 def _fold_block(block: Any) -> None:
@@ -144,14 +153,13 @@ class CEResNet(ResNet):
         with torch.random.fork_rng(devices=[]):
             stem = ChannelEquilibrium(64, group_size=_STEM_GROUP_SIZE, **ce)
             self.act1 = EquilibriumAct(stem, self.act1)
-            for stage, info in zip(
-                (self.layer1, self.layer2, self.layer3), self.feature_info[1:], strict=False
-            ):
+            stages: Any = (self.layer1, self.layer2, self.layer3)
+            for stage, info in zip(stages, self.feature_info[1:4], strict=True):
                 for unit in stage:
                     unit.se = ChannelEquilibrium(info["num_chs"], group_size=group_size, **ce)
         link_pair(self.conv1, self.bn1)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Timm's patterns that split the parameters by depth, with CE of the stem in the stem."""
         return {**super().group_matcher(coarse), "stem": r"^conv1|^bn1|^act1|^maxpool"}
@@ -185,7 +193,8 @@ class CECifarResNet(CifarResNet):
         with torch.random.fork_rng(devices=[]):
             stem = ChannelEquilibrium(self.conv1.out_channels, **ce)
             self.act1 = EquilibriumAct(stem, self.act1)
-            for stage in (self.layer1, self.layer2):
+            stages: Any = (self.layer1, self.layer2)
+            for stage in stages:
                 for block in stage:
                     block.ce = ChannelEquilibrium(block.conv2.out_channels, **ce)
 
@@ -264,7 +273,11 @@ default_cfgs = generate_default_cfgs(
         **arch_cfgs(
             (f"ce_resnet{depth}" for depth in _DEPTHS), imagenet_cfg(license="apache-2.0", paper_ids=_PAPER)
         ),
-        **arch_cfgs((f"ce_cifar_resnet{depth}" for depth in (20, 56)), cifar_cfg(), stride=4),
+        **arch_cfgs(
+            (f"ce_cifar_resnet{depth}" for depth in (20, 56)),
+            cifar_cfg(license="apache-2.0", paper_ids=_PAPER),
+            stride=4,
+        ),
     }
 )
 
@@ -275,7 +288,12 @@ def _create(variant: str, pretrained: bool, default_depth: int, **kwargs: Any) -
 
 def _create_cifar(variant: str, pretrained: bool, default_depth: int, **kwargs: Any) -> nn.Module:
     return build(
-        CECifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=default_depth), **kwargs
+        CECifarResNet,
+        variant,
+        pretrained,
+        feature_levels=(0, 1, 2, 3),
+        defaults=dict(depth=default_depth),
+        **kwargs,
     )
 
 

@@ -168,15 +168,15 @@ class CifarResNet(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        act = get_act_layer(act_layer)
-        norm = get_norm_layer(norm_layer)
-        assert act is not None and norm is not None
+        act: Any = get_act_layer(act_layer)
+        norm: Any = get_norm_layer(norm_layer)
 
         self.conv1 = nn.Conv2d(in_chans, stem, 3, 1, 1, bias=False, **dd)
         self.bn1 = norm(stem, **dd)
         self.act1 = act(inplace=True)
         self.feature_info = [dict(num_chs=stem, reduction=1, module="act1")]
         channels = stem
+        stages = []
         for stage, out in enumerate(outs):
             layer = []
             for i in range(blocks):
@@ -195,15 +195,17 @@ class CifarResNet(nn.Module):
                     )
                 )
                 channels = out
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
+            stages.append(nn.Sequential(*layer))
             self.feature_info.append(dict(num_chs=out, reduction=2**stage, module=f"layer{stage + 1}"))
-        self.num_features = channels
-        self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool, **dd)
+        self.layer1, self.layer2, self.layer3 = stages
+        self.num_features: int = channels
+        head: Any = create_classifier(channels, num_classes, pool_type=global_pool, **dd)
+        self.global_pool, self.fc = head
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights()
         link_pair(self.conv1, self.bn1)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_weights(self) -> None:
         """Kaiming normal with fan in for convolutions and the classifier, as in the paper."""
         for module in self.modules():
@@ -212,17 +214,17 @@ class CifarResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that split the parameters by depth, for layer-wise learning rates."""
         return dict(stem=r"^conv1|bn1|act1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:
         """The classifier."""
         return self.fc
@@ -237,9 +239,9 @@ class CifarResNet(nn.Module):
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self)
-        )
+        place: Any = get_device_dtype(self)
+        head: Any = create_classifier(self.num_features, num_classes, pool_type=global_pool, **place)
+        self.global_pool, self.fc = head
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
@@ -339,7 +341,7 @@ def _check_widths(widths: Sequence[int] | None, blocks: int) -> list[int]:
     expected = 4 + 3 * blocks
     if len(widths) != expected:
         raise ValueError(
-            f"widths has {len(widths)} numbers: expected {expected} (stem, 3 stages, {3 * blocks} inner widths)."
+            f"widths has {len(widths)} numbers: expected {expected} (stem, 3 stages, {3 * blocks} inner ones)."
         )
     for i, width in enumerate(widths):
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
@@ -349,12 +351,21 @@ def _check_widths(widths: Sequence[int] | None, blocks: int) -> list[int]:
 
 def _create(variant: str, pretrained: bool, default_depth: int, **kwargs: Any) -> nn.Module:
     return build(
-        CifarResNet, variant, pretrained, out_indices=(0, 1, 2, 3), defaults=dict(depth=default_depth), **kwargs
+        CifarResNet,
+        variant,
+        pretrained,
+        feature_levels=(0, 1, 2, 3),
+        defaults=dict(depth=default_depth),
+        **kwargs,
     )
 
 
 default_cfgs = generate_default_cfgs(
-    arch_cfgs((f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110)), cifar_cfg(), stride=4)
+    arch_cfgs(
+        (f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110)),
+        cifar_cfg(license="apache-2.0", paper_ids="arXiv:1512.03385"),
+        stride=4,
+    )
 )
 
 

@@ -29,10 +29,7 @@ PARTS = ("chanzoo", "weights", "scripts", "tests", "pyproject.toml", "LICENSE", 
 RUNTIME = {"torch", "torchvision", "timm>=1.0.31", "safetensors", "huggingface-hub", "pyyaml", "rich"}
 NAME = "cifar_resnet20.t9_c10j"
 
-pytestmark = [
-    pytest.mark.xdist_group("wheel"),
-    pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="builds from a checkout"),
-]
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="builds from a checkout")
 
 LOAD_ALL = """
 import json, sys

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from run import find_cases, main, run_case  # a script, not a package
 
+HERE = Path(__file__).parent
 CASES = list(find_cases([str(HERE / "ce")]))
 
 

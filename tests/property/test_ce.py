@@ -31,7 +31,9 @@ def test_inverse_sqrt_whitens(c: int, g: int, seed: int) -> None:
 
 
 @given(st.integers(1, 16), st.integers(1, 5), st.floats(-4, 4), seeds)
-def test_operators_have_eigenvalues_between_one_and_the_limit(c: int, steps: int, scale: float, seed: int) -> None:
+def test_operators_have_eigenvalues_between_one_and_the_limit(
+    c: int, steps: int, scale: float, seed: int
+) -> None:
     factor = torch.randn(2, c, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cov = 10**scale * factor @ factor.transpose(1, 2) + 1e-5 * torch.eye(c, dtype=torch.float64)
     eigenvalues = torch.linalg.eigvalsh(inverse_sqrt(cov, steps, rescale=False))

@@ -61,7 +61,9 @@ def test_fold_keeps_the_activation_and_the_type() -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(2, 6), batch_norm(6, track_running_stats=False), batch_norm(4)], ids=["group", "batch", "other"]
+    "norm",
+    [nn.GroupNorm(2, 6), batch_norm(6, track_running_stats=False), batch_norm(4)],
+    ids=["group", "batch", "other"],
 )
 def test_fold_refuses(norm: nn.Module) -> None:
     conv = nn.Conv2d(3, 6, 3)
@@ -72,7 +74,9 @@ def test_fold_refuses(norm: nn.Module) -> None:
 
 
 def test_fold_pairs_skips_what_is_between() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), batch_norm(6), nn.Conv2d(6, 6, 1), batch_norm(6)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), batch_norm(6), nn.Conv2d(6, 6, 1), batch_norm(6)
+    ).eval()
     expected = net(X)
     fold_pairs(net)
     assert isinstance(net[2], nn.BatchNorm2d) and isinstance(net[4], nn.Identity)
@@ -80,7 +84,9 @@ def test_fold_pairs_skips_what_is_between() -> None:
 
 
 @pytest.mark.parametrize("cls", [nn.BatchNorm2d, BatchNormAct2d])
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: net])
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: net]
+)
 def test_linked_pair(cls: type[nn.BatchNorm2d], make) -> None:
     net = make(Net(cls))
     assert type(net.norm) is cls and type(net.conv) is nn.Conv2d
@@ -114,7 +120,9 @@ def test_a_replaced_norm_is_not_folded() -> None:
     net.norm = batch_norm(8)
     expected = net(X)
     assert torch.equal(reparameterize_model(net)(X), expected)
-    assert torch.equal(reparameterize_model(convert_sync_batchnorm(Net()))(X[:0]), X[:0].new_zeros(0, 8, 4, 4))
+    assert torch.equal(
+        reparameterize_model(convert_sync_batchnorm(Net()))(X[:0]), X[:0].new_zeros(0, 8, 4, 4)
+    )
 
 
 def test_a_moved_network_folds() -> None:

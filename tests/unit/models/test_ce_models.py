@@ -33,7 +33,10 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
     "ce_resnet18": (33, {"num_classes": 10}),
     "ce_mobilenetv2_050": (64, {"num_classes": 10}),
 }
-BIG = [pytest.param(name, marks=pytest.mark.slow) for name in ("ce_resnet50", "ce_mobilenetv2", "ce_cifar_resnet56")]
+BIG = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("ce_resnet50", "ce_mobilenetv2", "ce_cifar_resnet56")
+]
 ONE = "ce_cifar_resnet20"
 REST = [ONE, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name != ONE)]
 
@@ -59,7 +62,9 @@ def close(a: Tensor, b: Tensor, relative: float = 1e-4) -> None:
 
 
 def norms(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
 
 
 # Construction
@@ -74,7 +79,7 @@ def test_parameters(name: str) -> None:
 
 
 def test_group_sizes() -> None:
-    model = timm.create_model("ce_resnet50", device="meta")
+    model: Any = timm.create_model("ce_resnet50", device="meta")
     assert model.act1.ce.decorrelation.group_size == 64
     assert {block.se.decorrelation.group_size for block in model.layer2} == {16}
     assert all(block.se is None for block in model.layer4)
@@ -141,7 +146,11 @@ def test_equilibrium_survives_timms_norm_conversions(name: str) -> None:
 def test_stem_group_holds_the_stem(name: str) -> None:
     model = timm.create_model(name, device="meta")
     groups = group_parameters(model, model.group_matcher(), reverse=True)
-    stem = {key for key, group in groups.items() if group == groups[model.pretrained_cfg["first_conv"] + ".weight"]}
+    stem = {
+        key
+        for key, group in groups.items()
+        if group == groups[model.pretrained_cfg["first_conv"] + ".weight"]
+    }
     assert {key for key in groups if key.startswith("act1.")} <= stem
     assert len(set(groups.values())) > 3
 

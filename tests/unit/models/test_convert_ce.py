@@ -11,16 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "scripts"))
-sys.path.insert(0, str(ROOT / "tests" / "parity"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "parity"))
 
-from convert_ce import convert, main
+from convert_ce import convert, main  # pyright: ignore[reportMissingImports]
 from fill import load_case
 
 from chanzoo.errors import UsageError
 from chanzoo.models.ce_resnet import CEResNet, from_authors, to_authors
 
+ROOT = Path(__file__).parents[3]
 State = dict[str, Tensor]
 
 
