@@ -1,8 +1,9 @@
 """Start-up hook: imports chanzoo right after timm, in every Python of an environment that opted in.
 
 ``chanzoo autoload enable`` copies this file into site-packages as ``_chanzoo_autoload.py``, with a
-``.pth`` and a ``.start`` file (PEP 829) that call :func:`install` when Python starts. So it stands alone: only the
-standard library, and next to nothing until timm is imported. ``CHANZOO_AUTOLOAD=0`` switches it off.
+``.pth`` and a ``.start`` file (PEP 829) that call :func:`install` when Python starts. So it stands alone:
+only the standard library, and next to nothing until timm is imported. ``CHANZOO_AUTOLOAD=0`` switches it
+off.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -124,12 +125,18 @@ def newest_checkpoint(out: Path) -> Path | None:
     for pattern in CHECKPOINTS:
         for path in sorted(out.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True):
             try:
-                torch.load(path, map_location="cpu", weights_only=True)
+                open_checkpoint(path)
             except Exception as error:
                 print(f"passed over {path}: {error}", file=sys.stderr)
                 continue
             return path
     return None
+
+
+def open_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of the train script: tensors, plain values and its options."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def to_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,8 +154,8 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     checkpoint = newest_checkpoint(out)
     if not checkpoint:
         raise UsageError(f"{out} holds no checkpoint: train first.")
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    epochs = saved["args"]["epochs"] if isinstance(saved["args"], dict) else saved["args"].epochs
+    saved = open_checkpoint(checkpoint)
+    epochs = saved["args"].epochs
     if saved["epoch"] + 1 < epochs:
         raise UsageError(f"{out} has reached epoch {saved['epoch'] + 1} of {epochs}: train to the end first.")
     if hours is None:

@@ -15,8 +15,8 @@ EXAMPLES = """\
   chanzoo autoload enable     from now on timm's own scripts, and processes that they start, know our networks
   chanzoo autoload disable    takes it back
 
-Enabling writes three small files into the site-packages folder of this environment. Python runs them at start-up; they
-wait for timm and import chanzoo after it. For one process: CHANZOO_AUTOLOAD=0. Without it: chanzoo run, import chanzoo.
+Enabling writes three small files into the site-packages folder of this environment. Python runs them at
+start-up; they wait for timm and import chanzoo after it. Off for one process: CHANZOO_AUTOLOAD=0.
 """
 MODULE = "_chanzoo_autoload"
 
@@ -24,7 +24,9 @@ MODULE = "_chanzoo_autoload"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("action", choices=("enable", "disable", "status"), help="what to do")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="of status (default: table)")
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="of status (default: table)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

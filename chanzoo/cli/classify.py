@@ -24,7 +24,9 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
-    parser.add_argument("--model", metavar="NAME", help="arch or arch.tag, ours or timm's (default: embedded weights)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="arch or arch.tag, ours or timm's (default: embedded weights)"
+    )
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes to show (default: 5)")
     add_model_options(parser)
     add_format(parser)
@@ -99,7 +101,9 @@ def default_model() -> str:
 
     name = next((row.name for row in WEIGHTS.values() if embedded_path(row.name).is_file()), None)
     if name is None:
-        raise NoWeightsError("no --model given, and no weights are part of this package.   See all: chanzoo ls")
+        raise NoWeightsError(
+            "no --model given, and no weights are part of this package.\n  See all: chanzoo ls"
+        )
     return name
 
 
@@ -108,7 +112,7 @@ def class_labels(model: nn.Module) -> list[str]:
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     cfg: Any = model.pretrained_cfg
-    names = list(cfg.get("label_names") or ())
+    names: list[str] = list(cfg.get("label_names") or ())
     if len(names) == model.num_classes:
         return names
     if subset := infer_imagenet_subset(model):

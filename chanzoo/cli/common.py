@@ -40,7 +40,10 @@ __all__ = [
 def add_format(parser: argparse.ArgumentParser) -> None:
     """Add ``--format``."""
     parser.add_argument(
-        "--format", choices=("table", "json"), default="table", help="for people or for programs (default: table)"
+        "--format",
+        choices=("table", "json"),
+        default="table",
+        help="for people or for programs (default: table)",
     )
 
 
@@ -51,7 +54,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("pretrained", "none"),
         help="none: random ones, seed 0 (default: pretrained, unless there is a --checkpoint)",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="load weights from a file of a training run")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="load weights from a file of a training run"
+    )
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of the checkpoint")
     parser.add_argument("--num-classes", type=positive, metavar="N", help="outputs, if not the network's own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             f"chanzoo: {item['file']} is not the published file of {item['name']}\n"
             f"  expected  sha256 {item['expected']}\n"
             f"  found     {item['found']}\n"
-            "  It is refused wherever it is asked for.   Restore it: reinstall chanzoo, or check the file out again"
+            "  It is refused wherever it is asked for.   Restore it, or reinstall chanzoo."
         )
     return 3 if bad else 0
 
@@ -115,5 +115,7 @@ def verify() -> list[dict[str, Any]]:
         except OSError as error:
             found = f"unreadable: {error.strerror or error}"
         ok = found == f"sha256 {row.sha256}"
-        checked.append({"name": row.name, "file": str(path), "ok": ok, "expected": row.sha256, "found": found})
+        checked.append(
+            {"name": row.name, "file": str(path), "ok": ok, "expected": row.sha256, "found": found}
+        )
     return checked

@@ -24,11 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", metavar="NAME", help="arch or arch.tag, ours or timm's")
     parser.add_argument("data", metavar="DATA_DIR", help="folder with one folder per class, or per split")
-    parser.add_argument("--split", default="val", help="split, or name of a tar file in DATA_DIR (default: val)")
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="per process (default: 256)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
+    parser.add_argument(
+        "--split", default="val", help="split, or name of a tar file in DATA_DIR (default: val)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=256, metavar="N", help="per process (default: 256)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
     parser.add_argument("--amp", action="store_true", help="compute in 16 bits where that is safe")
-    parser.add_argument("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="(default: float16)")
+    parser.add_argument(
+        "--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="(default: float16)"
+    )
     add_model_options(parser)
     add_format(parser)
 

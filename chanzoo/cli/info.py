@@ -42,7 +42,7 @@ def describe(name: str) -> dict[str, Any]:
     row = WEIGHTS.get(name) if tag else (rows[0] if rows else None)
     with torch.device("meta"):
         model = timm.create_model(row.name if row else name)
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     params = count_params(model)
     data: dict[str, Any] = {
         "name": row.name if row else name,
@@ -65,7 +65,9 @@ def describe(name: str) -> dict[str, Any]:
     if row:
         dataset = DATASETS[row.dataset]
         data |= {
-            "source": {"embedded": "embedded", "local": "$CHANZOO_WEIGHTS", "none": None}.get(where(row), _hub(row)),
+            "source": {"embedded": "embedded", "local": "$CHANZOO_WEIGHTS", "none": None}.get(
+                where(row), _hub(row)
+            ),
             "file_bytes": row.file_bytes,
             "sha256": row.sha256,
             "dataset": dataset.title,

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .common import add_format, add_model_options, build_model, check_name, emit, percent, positive, progress_bar, say
+from .common import (
+    add_format,
+    add_model_options,
+    build_model,
+    check_name,
+    emit,
+    percent,
+    positive,
+    progress_bar,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..measure.channels import AblationPoint, ChannelReport
@@ -39,19 +49,33 @@ _FILES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", metavar="NAME", help="arch or arch.tag, ours or timm's")
-    parser.add_argument("--channels", required=True, metavar="DATA_DIR", help="folder of images, see chanzoo eval")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT_DIR", help="where the results go")
+    parser.add_argument(
+        "--channels", required=True, metavar="DATA_DIR", help="folder of images, see chanzoo eval"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT_DIR", help="where the results go"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it is there")
-    parser.add_argument("--against", metavar="NAME2", help="a second network, for the same tables and pictures")
+    parser.add_argument(
+        "--against", metavar="NAME2", help="a second network, for the same tables and pictures"
+    )
     parser.add_argument("--split", default="val", help="split of the images (default: val)")
-    parser.add_argument("--images", type=positive, default=1000, metavar="N", help="spread over it (default: 1000)")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="orders of silencing (default: 3)")
+    parser.add_argument(
+        "--images", type=positive, default=1000, metavar="N", help="spread over it (default: 1000)"
+    )
+    parser.add_argument(
+        "--seeds", type=positive, default=3, metavar="N", help="orders of silencing (default: 3)"
+    )
     parser.add_argument("--threshold", type=float, default=0.01, help="inhibited below this (default: 0.01)")
     parser.add_argument("--sites", default="*", metavar="GLOB", help="sites to look at (default: all)")
-    parser.add_argument("--branch", action="store_true", help="at residual additions, look at the branch alone")
+    parser.add_argument(
+        "--branch", action="store_true", help="at residual additions, look at the branch alone"
+    )
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     parser.add_argument("--batch-size", type=positive, default=100, metavar="N", help="(default: 100)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)"
+    )
     add_model_options(parser)
     add_format(parser)
 
@@ -90,7 +114,15 @@ def run(args: argparse.Namespace) -> int:
         )
         for net in data["networks"]
     ]
-    headers = ("model", "sites", "channels", "inhibited, mean of sites", "of all channels", "top-1", "at 50 % silenced")
+    headers = (
+        "model",
+        "sites",
+        "channels",
+        "inhibited, mean of sites",
+        "of all channels",
+        "top-1",
+        "at 50 % silenced",
+    )
     emit(data, args.format == "json", headers, rows)
     say(f"chanzoo: tables{'' if args.no_plots else ' and pictures'} are in {args.output}")
     return 0
@@ -132,7 +164,8 @@ def _summary(
                 "mean_ratio": report.mean_ratio,
                 "overall_ratio": report.overall_ratio,
                 "ablation": [
-                    {"ratio": ratio, "top1": mean, "deviation": spread} for ratio, mean, spread in summarise(curves[name])
+                    {"ratio": ratio, "top1": mean, "deviation": spread}
+                    for ratio, mean, spread in summarise(curves[name])
                 ],
             }
         )
@@ -185,7 +218,9 @@ def _write(
     curves: dict[str, list[AblationPoint]],
     plots: bool,
 ) -> None:
-    (folder / "summary.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(
+        json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     _csv(
         folder / "sites.csv",
         ("model", "site", "channels", "inhibited", "ratio"),
@@ -214,7 +249,13 @@ def _write(
         folder / "gains.csv",
         ("model", "layer", "channel", "weight", "effective"),
         (
-            (name, gain.layer, channel, value, "" if gain.effective is None else gain.effective[channel].item())
+            (
+                name,
+                gain.layer,
+                channel,
+                value,
+                "" if gain.effective is None else gain.effective[channel].item(),
+            )
             for name, report in reports.items()
             for gain in report.gains
             for channel, value in enumerate(gain.weight.tolist())

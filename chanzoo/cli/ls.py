@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+from typing import Any
 
 from ..errors import UsageError
 from .common import add_format, emit, human_count, percent, say, where
@@ -22,8 +23,12 @@ _HEADERS = ("name", "data", "top-1", "params", "MACs", "file")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("glob", nargs="?", default="*", metavar="GLOB", help="names to list (default: all)")
-    parser.add_argument("--pretrained", action="store_true", help="only networks with weights, one line per weight")
-    parser.add_argument("--cost", action="store_true", help="work out size and cost where no weight row has them")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="only networks with weights, one line per weight"
+    )
+    parser.add_argument(
+        "--cost", action="store_true", help="work out size and cost where no weight row has them"
+    )
     add_format(parser)
 
 
@@ -51,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
         if not rows:
             blank = dict.fromkeys(("tag", "dataset", "top1", "params", "macs"))
             entries.append({"name": arch, "arch": arch, **blank, "where": "none"})
-    chosen = [e for e in entries if fnmatch.fnmatch(e["name"], args.glob) or fnmatch.fnmatch(e["arch"], args.glob)]
+    chosen = [
+        e for e in entries if fnmatch.fnmatch(e["name"], args.glob) or fnmatch.fnmatch(e["arch"], args.glob)
+    ]
     if not chosen:
         near = difflib.get_close_matches(args.glob.strip("*"), {e["arch"] for e in entries}, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -89,4 +96,5 @@ def _cost(arch: str) -> dict[str, int]:
 
     with torch.device("meta"):
         model = timm.create_model(arch)
-    return {"params": count_params(model), "macs": count_macs(model, model.pretrained_cfg["input_size"])}
+    cfg: Any = model.pretrained_cfg
+    return {"params": count_params(model), "macs": count_macs(model, cfg["input_size"])}

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("ls", help="list the recipes", description="List the recipes.")
-    listing.add_argument("--wanted", action="store_true", help="list training runs whose weights do not exist yet")
+    listing.add_argument(
+        "--wanted", action="store_true", help="list training runs whose weights do not exist yet"
+    )
     show = actions.add_parser("show", help="print a recipe", description="Print a recipe, and how to run it.")
     show.add_argument("name", metavar="NAME", help="see chanzoo recipe ls")
     check = actions.add_parser("check", help="check a recipe", description="Check the keys of a recipe.")
@@ -45,7 +47,9 @@ def _ls(args: argparse.Namespace) -> int:
     if args.wanted:
         runs = wanted()
         rows = [(r.weight, r.recipe, str(r.seed), r.device, f"{r.cost_hours} h") for r in runs]
-        emit([asdict(r) for r in runs], args.format == "json", ("weight", "recipe", "seed", "on", "cost"), rows)
+        emit(
+            [asdict(r) for r in runs], args.format == "json", ("weight", "recipe", "seed", "on", "cost"), rows
+        )
         return 0
     recipes = list(RECIPES.values())
     runs_of = {recipe.name: sum(r.recipe == recipe.name for r in RUNS) for recipe in recipes}
@@ -81,7 +85,9 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.script and not args.script.is_file():
         raise UsageError(f'no script "{args.script}".')
-    path = recipe_path(args.file) if args.file in RECIPES and not Path(args.file).exists() else Path(args.file)
+    path = (
+        recipe_path(args.file) if args.file in RECIPES and not Path(args.file).exists() else Path(args.file)
+    )
     problems = check_recipe(path, args.script)
     if args.format == "json":
         emit({"file": str(path), "problems": [asdict(p) for p in problems]}, True, (), ())

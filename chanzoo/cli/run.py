@@ -11,9 +11,9 @@ EXAMPLES = """\
   chanzoo run -m my_package.train --epochs 2
   torchrun --nproc-per-node 2 -m chanzoo run $TIMM_REPO/train.py --model ce_resnet50
 
-Imports timm and chanzoo, then runs the script as Python would. The installed timm is used, also where the script
-lies beside another one. Child processes that start afresh (spawn) do not know our networks; for those there is
-chanzoo autoload.
+Imports timm and chanzoo, then runs the script as Python would. The installed timm is used, also where the
+script lies beside another one. Child processes that start afresh (spawn) do not know our networks; for those
+there is chanzoo autoload.
 """
 
 

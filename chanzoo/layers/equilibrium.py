@@ -57,7 +57,6 @@ class _FullPrecision(nn.Module):
         raise NotImplementedError
 
 
-@register_notrace_module
 class ChannelEquilibrium(_FullPrecision):
     """``λ · BD(x) + (1 − λ) · IR(x)`` with ``λ = sigmoid(mix)``; between a norm and its activation.
 
@@ -143,7 +142,6 @@ class ChannelEquilibrium(_FullPrecision):
         return MergedEquilibrium(operator.to(self.mix.dtype), scale.to(self.mix.dtype), self.reweight)
 
 
-@register_notrace_module
 class MergedEquilibrium(_FullPrecision):
     """Channel Equilibrium for evaluation only, everything constant worked out beforehand.
 
@@ -175,7 +173,6 @@ class MergedEquilibrium(_FullPrecision):
         return mix_channels(x, self.operator.to(variance.dtype), gain)
 
 
-@register_notrace_module
 class EquilibriumConv2d(_FullPrecision):
     """A 1×1 convolution and the Channel Equilibrium layer behind it as one convolution per sample.
 
@@ -250,3 +247,7 @@ class EquilibriumAct(nn.Module):
             x ``(b, c, h, w)`` → the same.
         """
         return self.act(self.ce(x))
+
+
+for _layer in (ChannelEquilibrium, MergedEquilibrium, EquilibriumConv2d):
+    register_notrace_module(_layer)  # whole nodes for torch.fx: they look at the shape of their input

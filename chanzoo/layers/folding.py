@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["FoldLink", "can_fold", "fold", "fold_pairs", "link_pair"]
 

@@ -1,7 +1,7 @@
 """Which channels of a convolutional network do any work: the analysis of the Channel Equilibrium paper.
 
 A site is an activation that a norm feeds, directly or through Channel Equilibrium, gates and residual
-additions. One traced forward finds the sites of any timm network; nothing in it is changed or named beforehand.
+additions. One traced forward finds the sites of any timm network; nothing in it is changed.
 Follows Shao et al., "Channel Equilibrium Networks for Learning Deep Representation" (ICML 2020,
 arXiv:2003.00214). The paper draws its curves for chosen layers of VGG; which sites count is an argument here.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
-from ..layers import ChannelEquilibrium
+from ..layers import AdaptiveInstanceInverse, ChannelEquilibrium
 from ..layers.decorrelation import instance_variance
 from .images import Picked, open_images, open_loader
 
@@ -48,7 +48,16 @@ _NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, F.
 _MIXING_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.linear}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _ACTIVATION_HOMES = ("torch.nn.modules.activation", "timm.layers.activations")
-_GATES = {"Sigmoid", "Hardsigmoid", "HardSigmoid", "HardSigmoidMe", "Softmax", "Softmax2d", "LogSoftmax", "Softmin"}
+_GATES = {
+    "Sigmoid",
+    "Hardsigmoid",
+    "HardSigmoid",
+    "HardSigmoidMe",
+    "Softmax",
+    "Softmax2d",
+    "LogSoftmax",
+    "Softmin",
+}
 
 
 @dataclass(frozen=True)
@@ -168,8 +177,8 @@ def find_sites(model: nn.Module, image: Tensor, pattern: str = "*") -> list[Site
     sites = _trace(model, image).sites
     if not sites:
         raise UsageError(
-            f"{type(model).__name__} has no activation that is fed by a norm: there are no channels to inspect.\n"
-            "  The analysis is for convolutional networks; in transformers and ConvNeXt a linear layer lies between."
+            f"{type(model).__name__} has no activation that a norm feeds: there are no channels to inspect.\n"
+            "  The analysis is for convolutional networks whose activations follow their norms."
         )
     chosen = [site for site in sites if fnmatch.fnmatch(site.name, pattern)]
     if not chosen:
@@ -179,7 +188,12 @@ def find_sites(model: nn.Module, image: Tensor, pattern: str = "*") -> list[Site
 
 @torch.no_grad()
 def measure_channels(
-    model: nn.Module, batches: Batches, sites: Sequence[Site], *, threshold: float = 0.01, branch: bool = False
+    model: nn.Module,
+    batches: Batches,
+    sites: Sequence[Site],
+    *,
+    threshold: float = 0.01,
+    branch: bool = False,
 ) -> ChannelReport:
     """Mean magnitude of every channel at every site, and the gains of the norms.
 
@@ -188,7 +202,7 @@ def measure_channels(
         batches: Images and classes, see :func:`sample_batches`.
         sites: See :func:`find_sites`.
         threshold: Below it a channel is inhibited.
-        branch: At residual additions, look at the branch alone: the activation of the summand, not of the sum.
+        branch: At residual additions, look at the branch alone: the activation of the summand.
 
     Source:
         arXiv:2003.00214: inhibited are channels behind norm and ReLU whose output stays below 0.01.
@@ -200,17 +214,18 @@ def measure_channels(
 
     def add_output(site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
         def action(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if branch and site.branch:  # without its hooks, and without overwriting what the network goes on with
+            if branch and site.branch:  # not in place, the network goes on with it; and without hooks
                 output = modules[site.call[0]].forward(output.clone())
-            total = output.abs().double().flatten(2).mean(2).sum(0) if output.ndim > 2 else output.abs().double().sum(0)
-            sums[site.name] = sums.get(site.name, 0) + total
+            size = output.abs().double()
+            size = size.flatten(2).mean(2) if size.ndim > 2 else size
+            sums[site.name] = sums.get(site.name, 0) + size.sum(0)
 
         return action
 
     def add_gate(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def action(module: nn.Module, args: Any, _output: Tensor) -> None:
-            assert isinstance(module, ChannelEquilibrium)
-            gates[name] = gates.get(name, 0) + module.reweight.gate(instance_variance(args[0])).double().sum(0)
+            gate = _reweight(module).gate(instance_variance(args[0]))
+            gates[name] = gates.get(name, 0) + gate.double().sum(0)
 
         return action
 
@@ -242,8 +257,8 @@ def measure_channels(
 def effective_gain(layer: ChannelEquilibrium, weight: Tensor, mean_gate: Tensor) -> Tensor:
     """Gain of each channel through a norm's weight and the Channel Equilibrium layer behind it.
 
-    Row norms of ``(λ · running_wm + (1 − λ) / s · diag(y)) · diag(γ)``, which is what the layer multiplies the
-    normalised channels with in evaluation, at the mean gate ``y``.
+    Row norms of ``(λ · running_wm + (1 − λ) / s · diag(y)) · diag(γ)``, which is what the layer multiplies
+    the normalised channels with in evaluation, at the mean gate ``y``.
 
     Shape:
         weight ``(c,)``, mean_gate ``(c,)`` → ``(c,)``, 64-bit floats.
@@ -251,10 +266,12 @@ def effective_gain(layer: ChannelEquilibrium, weight: Tensor, mean_gate: Tensor)
     Source:
         arXiv:2003.00214, which reads an inhibited channel off ``|γ|`` near zero; the matrix norm is ours.
     """
-    groups, size = layer.decorrelation.groups, layer.decorrelation.group_size
-    mix = torch.sigmoid(layer.mix.double())
-    gain = (1 - mix) / layer.reweight.running_scale.double() * mean_gate.double()
-    operator = mix * layer.decorrelation.running_wm.double() + torch.diag_embed(gain.view(groups, size))
+    whitener = layer.get_buffer("decorrelation.running_wm").double()
+    scale = layer.get_buffer("reweight.running_scale").double()
+    groups, size = whitener.shape[:2]
+    mix = torch.sigmoid(layer.get_parameter("mix").double())
+    gain = (1 - mix) / scale * mean_gate.double()
+    operator = mix * whitener + torch.diag_embed(gain.view(groups, size))
     return (operator * weight.double().view(groups, 1, size)).norm(dim=2).flatten()
 
 
@@ -303,6 +320,12 @@ def ablation_curve(
             if progress:
                 progress(len(points), total)
     return points
+
+
+def _reweight(layer: nn.Module) -> AdaptiveInstanceInverse:
+    part = layer.get_submodule("reweight")
+    assert isinstance(part, AdaptiveInstanceInverse)
+    return part
 
 
 def _silence(mask: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -390,7 +413,9 @@ class _Trace(TorchFunctionMode):
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
         """Hooks for one module."""
-        is_activation = type(module).__module__.startswith(_ACTIVATION_HOMES) and type(module).__name__ not in _GATES
+        is_activation = (
+            type(module).__module__.startswith(_ACTIVATION_HOMES) and type(module).__name__ not in _GATES
+        )
 
         def before(_module: nn.Module, args: Any) -> None:
             if isinstance(module, _BATCH_NORMS):
@@ -430,7 +455,8 @@ def _trace(model: nn.Module, image: Tensor) -> _Trace:
             handle.remove()
     repeated = {name for name, count in Counter(site.call[0] for site in trace.sites).items() if count > 1}
     trace.sites = [
-        Site(f"{s.name}#{s.call[1]}", s.call, s.channels, s.branch) if s.name in repeated else s for s in trace.sites
+        Site(f"{s.name}#{s.call[1]}", s.call, s.channels, s.branch) if s.name in repeated else s
+        for s in trace.sites
     ]
     trace.marks.clear()
     return trace

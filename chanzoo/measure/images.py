@@ -48,23 +48,25 @@ def open_images(model: nn.Module, data_dir: str | Path, split: str = "val") -> A
 
     Args:
         model: A timm network.
-        data_dir: A folder with one folder per class, or with one such folder per split; or a tar file of class
-            folders.
+        data_dir: A folder with one folder per class, or with one such folder per split; or a tar file of
+            class folders.
         split: Which split; the names that timm takes for one another are all right.
 
     Returns:
         timm's data set.
 
     Raises:
-        UsageError: There is no such folder or split, it holds no images, or its classes are not as many as the
-            network's outputs.
+        UsageError: There is no such folder or split, it holds no images, or its classes are not as many as
+            the network's outputs.
     """
     root = Path(data_dir)
     if not root.exists():
         raise UsageError(f'no image folder "{root}".')
     channels = resolve_data_config({}, model=model)["input_size"][0]
     try:
-        dataset = create_dataset("", root=str(root), split=split, input_img_mode="RGB" if channels == 3 else "L")
+        dataset = create_dataset(
+            "", root=str(root), split=split, input_img_mode="RGB" if channels == 3 else "L"
+        )
     except NotADirectoryError:
         raise UsageError(f'"{root}" is neither a folder nor a tar file of images.') from None
     except (RuntimeError, AssertionError) as error:
@@ -72,7 +74,7 @@ def open_images(model: nn.Module, data_dir: str | Path, split: str = "val") -> A
             raise UsageError(f'cannot read images from "{root}": {error}') from error
         expected = "one folder per class, or a folder per split that holds such folders"
         raise UsageError(f'"{root}" holds no images.\n  expected  {expected}') from None
-    reader = getattr(dataset, "reader")  # noqa: B009 (not every data set of timm's has one)
+    reader: Any = getattr(dataset, "reader", None)
     if str(getattr(reader, "root", "")) == str(root) and root.is_dir():
         splits = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name in _SPLITS)
         if splits:

@@ -1,4 +1,4 @@
-"""Pictures of channel statistics, one network or several in one axis. Needs matplotlib (``chanzoo[plot]``)."""
+"""Pictures of channel statistics, one network or several. Needs matplotlib (``chanzoo[plot]``)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def plot_gains(reports: Mapping[str, ChannelReport], path: Path) -> None:
     edges = [i * max(top, 1e-6) / 60 for i in range(61)]
     for label, colour, style, values in series:
         weights = [100 / max(1, len(values))] * len(values)
-        axes.hist(values, bins=edges, weights=weights, histtype="step", color=colour, linestyle=style, label=label)
+        axes.hist(
+            values, bins=edges, weights=weights, histtype="step", color=colour, linestyle=style, label=label
+        )
     axes.set(xlabel="gain of a channel", ylabel="channels (%)")
     _save(figure, axes, path)
 

@@ -156,7 +156,8 @@ class CEResNet(ResNet):
             stages: Any = (self.layer1, self.layer2, self.layer3)
             for stage, info in zip(stages, self.feature_info[1:4], strict=True):
                 for unit in stage:
-                    unit.se = ChannelEquilibrium(info["num_chs"], group_size=group_size, **ce)
+                    channels = int(info["num_chs"])
+                    unit.se = ChannelEquilibrium(channels, group_size=group_size, **ce)
         link_pair(self.conv1, self.bn1)
 
     @torch.jit.ignore()

@@ -174,7 +174,7 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, stem, 3, 1, 1, bias=False, **dd)
         self.bn1 = norm(stem, **dd)
         self.act1 = act(inplace=True)
-        self.feature_info = [dict(num_chs=stem, reduction=1, module="act1")]
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem, reduction=1, module="act1")]
         channels = stem
         stages = []
         for stage, out in enumerate(outs):
@@ -237,10 +237,9 @@ class CifarResNet(nn.Module):
             global_pool: Pooling; the current one is kept if not given.
         """
         self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
         place: Any = get_device_dtype(self)
-        head: Any = create_classifier(self.num_features, num_classes, pool_type=global_pool, **place)
+        pool: Any = self.global_pool.pool_type if global_pool is None else global_pool
+        head: Any = create_classifier(self.num_features, num_classes, pool_type=pool, **place)
         self.global_pool, self.fc = head
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
@@ -340,9 +339,8 @@ def _check_widths(widths: Sequence[int] | None, blocks: int) -> list[int]:
     widths = list(widths)
     expected = 4 + 3 * blocks
     if len(widths) != expected:
-        raise ValueError(
-            f"widths has {len(widths)} numbers: expected {expected} (stem, 3 stages, {3 * blocks} inner ones)."
-        )
+        parts = f"stem, 3 stages, {3 * blocks} inner widths"
+        raise ValueError(f"widths has {len(widths)} numbers: expected {expected} ({parts}).")
     for i, width in enumerate(widths):
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"widths[{i}]={width!r}: expected a whole number of channels, 1 or more.")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,8 +84,7 @@ def test_a_tensor_we_lack_fails_unless_optional(case: Path) -> None:
 
 
 def test_script_needs_folders() -> None:
-    script = [sys.executable, str(HERE / "run.py")]
-    assert subprocess.run(script, capture_output=True).returncode == 2
+    assert main([]) == 2
 
 
 def test_an_empty_folder_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,8 @@ def test_forward_backward_and_folding(name: str) -> None:
     folded = reparameterize_model(model)
     assert not layers(folded)
     with torch.no_grad():
-        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+        expected = model(x)
+        assert (folded(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
