@@ -190,7 +190,7 @@ def card(row: Weight) -> str:
         f'model = timm.create_model("{row.name}", pretrained=True).eval()\n```\n\n'
         f"- **Made by** `{row.command}`, {row.hours} h. Evidence: `weights/{row.name}/`.\n"
         f"- **Ours**: top-1 {100 * row.metrics['top1']:.2f} %, top-5 {100 * row.metrics['top5']:.2f} % on "
-        f"the validation images of {dataset.title}, at {dataset.input_size[1]}×{dataset.input_size[2]} pixels. "
+        f"the validation images of {dataset.title}, {dataset.input_size[1]}×{dataset.input_size[2]} pixels. "
         f"**Published**: {published}.\n"
         f"- **Size**: {row.params:,} parameters, {row.macs:,} MACs, {row.file_bytes:,} bytes, "
         f"sha256 `{row.sha256}`.\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
 from ..errors import UsageError
@@ -100,22 +100,23 @@ def build(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     row_args: dict[str, Any] = {}
+    source: Any = pretrained_cfg
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):
         tag = pretrained_cfg or None
         if pretrained and not any(overlay.get(key) for key in _SOURCES):
             row = row_for(variant, tag)
-            pretrained_cfg = row.tag
+            source = row.tag
             row_args = row.model_args
             overlay["state_dict"] = load_tensors(row, locate(row, cache_dir))
         elif pretrained and overlay.get("file"):
             overlay = _explicit_file(variant, tag, overlay)
-        elif tag and get_pretrained_cfg(f"{variant}.{tag}", allow_unregistered=False):
+        elif tag:
             row_args = next((row.model_args for row in weights_of(variant) if row.tag == tag), {})
     model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
-        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg=source,
         pretrained_cfg_overlay=overlay,
         cache_dir=cache_dir,
         feature_cfg=dict(out_indices=feature_levels, flatten_sequential=flatten_sequential),

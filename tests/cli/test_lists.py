@@ -96,13 +96,6 @@ def test_info_of_other_families(cli, name: str) -> None:
     assert data["macs"] > 1e7
 
 
-@pytest.mark.usefixtures("row")
-def test_info_of_a_weight_without_an_entry_in_timm(cli) -> None:
-    done = cli("info", "cifar_resnet20.t1_c10k")  # timm reads the table once, at import: only a bare name here
-    assert done.code == 2
-    assert done.err.startswith('chanzoo: no weights "cifar_resnet20.t1_c10k".')
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
