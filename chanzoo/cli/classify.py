@@ -78,11 +78,9 @@ def read_image(path: Path, decode: bool = True) -> Image:
     if not path.is_file():
         raise UsageError(f'no image "{path}".' + (" It is a folder." if path.is_dir() else ""))
     try:
-        image = Image.open(path)
-        if decode:
-            image.load()
-        else:
-            image.close()
+        with Image.open(path) as image:
+            if decode:
+                image.load()
     except UnidentifiedImageError:
         raise UsageError(f'cannot read image "{path}": it is in no format that Pillow knows.') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

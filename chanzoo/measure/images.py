@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 
-__all__ = ["Picked", "open_images", "open_loader"]
+__all__ = ["Picked", "data_config", "open_images", "open_loader"]
 
 # Names under which timm looks for a split, and one that it does not know.
 _SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
@@ -43,6 +44,13 @@ class Picked(Dataset):
         return len(self.indices)
 
 
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """How images reach a network in evaluation: timm's answer, with the channels it really has."""
+    config = resolve_data_config({}, model=model, use_test_size=True)
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    return {**config, "input_size": (channels, *config["input_size"][1:])}
+
+
 def open_images(model: nn.Module, data_dir: str | Path, split: str = "val") -> Any:
     """A data set of images that fits a network.
 
@@ -62,14 +70,14 @@ def open_images(model: nn.Module, data_dir: str | Path, split: str = "val") -> A
     root = Path(data_dir)
     if not root.exists():
         raise UsageError(f'no image folder "{root}".')
-    channels = resolve_data_config({}, model=model)["input_size"][0]
+    if root.is_file() and root.suffix != ".tar":
+        raise UsageError(f'"{root}" is neither a folder nor a tar file of images.')
+    channels = data_config(model)["input_size"][0]
     try:
         dataset = create_dataset(
             "", root=str(root), split=split, input_img_mode="RGB" if channels == 3 else "L"
         )
-    except NotADirectoryError:
-        raise UsageError(f'"{root}" is neither a folder nor a tar file of images.') from None
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, TarError) as error:
         if "Found 0 images" not in str(error):
             raise UsageError(f'cannot read images from "{root}": {error}') from error
         expected = "one folder per class, or a folder per split that holds such folders"
@@ -105,7 +113,7 @@ def open_loader(
     Returns:
         An iterable of images ``(b, c, h, w)`` and classes ``(b,)`` on the device.
     """
-    config = resolve_data_config({}, model=model, use_test_size=True)
+    config = data_config(model)
     return create_loader(
         dataset,
         input_size=config["input_size"],

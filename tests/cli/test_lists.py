@@ -117,7 +117,8 @@ def test_doctor(cli) -> None:
     data = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
     assert set(data) == {
-        "versions", "timm_file", "devices", "hub_cache", "hub_cache_bytes", "environment", "autoload", "weights",
+        "versions", "timm_file", "devices", "hub_cache", "hub_cache_bytes", "environment", "autoload",
+        "weights",
     }  # fmt: skip
     assert set(data["versions"]) == {
         "chanzoo", "python", "torch", "torchvision", "timm", "huggingface-hub", "safetensors",
@@ -134,7 +135,10 @@ def test_doctor_finds_a_damaged_file(cli, row: Weight) -> None:
     done = cli("doctor")
     assert done.code == 3
     assert f"BAD  {row.name}" in done.out
-    assert f"is not the published file of {row.name}\n  expected  sha256 {row.sha256}\n  found     sha256 " in done.err
+    assert (
+        f"is not the published file of {row.name}\n  expected  sha256 {row.sha256}\n  found     sha256 "
+        in done.err
+    )
 
 
 def test_the_real_embedded_weights_are_whole(cli) -> None:

@@ -45,6 +45,22 @@ def test_recipe_trains_a_registered_name_to_a_learning_rate_of_zero(
     assert float(rows[-1]["lr"]) < 0.01  # the last update of three epochs of four steps
 
 
+def test_fine_tuning_on_other_classes_starts_ahead_of_scratch(
+    timm_repo: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "six_classes"
+    for split in ("train", "val"):
+        for label in range(6):
+            (data / split).mkdir(parents=True, exist_ok=True)
+            (data / split / f"class{label}").symlink_to(image_folder / split / f"class{label}")
+    options = ("--model", "ce_cifar_resnet20", "--num-classes", "6", "--batch-size", "16", "--epochs", "1")
+    options += ("--warmup-epochs", "0", "--lr", "0.02")
+    scratch = train(timm_repo, data, tmp_path / "scratch", *options)
+    tuned = train(timm_repo, data, tmp_path / "tuned", *options, "--pretrained")
+    assert float(tuned[0]["eval_loss"]) < float(scratch[0]["eval_loss"])
+    assert float(tuned[0]["train_loss"]) < float(scratch[0]["train_loss"])
+
+
 @pytest.mark.parametrize("kill_after", [1, 7])
 def test_queue_runner_resumes_after_a_kill_and_files_what_it_measured(
     timm_repo: Path, image_folder: Path, tmp_path: Path, kill_after: int
