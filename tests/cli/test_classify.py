@@ -13,7 +13,6 @@ from chanzoo.weights import CIFAR10_NAMES, WEIGHTS
 
 ASSETS = Path(__file__).parents[1] / "assets"
 CAT, ROCKET = ASSETS / "cat.jpg", ASSETS / "rocket.jpg"
-needs_weights = pytest.mark.skipif(not WEIGHTS, reason="NO WEIGHT HAS BEEN FILED YET")
 
 
 def test_json(cli) -> None:
@@ -92,7 +91,6 @@ def test_other_mistakes(cli, checkpoint: Path) -> None:
         assert done.err.startswith(f"chanzoo: {message}"), done.err
 
 
-@needs_weights
 def test_embedded_weights_are_the_default(cli) -> None:
     done = cli("classify", CAT, "--format", "json")
     assert done.code == 0
@@ -101,7 +99,6 @@ def test_embedded_weights_are_the_default(cli) -> None:
     assert item["model"] in WEIGHTS
 
 
-@needs_weights
 def test_a_named_weight_in_a_process_of_its_own(python) -> None:
     name = next(iter(WEIGHTS))
     done = python("-W", "error", "-m", "chanzoo", "classify", CAT, "--model", name, "--format", "json")

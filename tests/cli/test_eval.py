@@ -110,7 +110,6 @@ def test_outputs_that_are_not_finite(cli, images: Path, checkpoint: Path, tmp_pa
     assert cli("eval", NAME, images, *args, "--amp").err.endswith("--amp-dtype bfloat16.\n")
 
 
-@pytest.mark.skipif(not WEIGHTS, reason="NO WEIGHT HAS BEEN FILED YET")
 def test_pretrained_weights(cli, images: Path) -> None:
     name = next(iter(WEIGHTS))
     done = cli("eval", name, images, "--workers", "0", "--format", "json")

@@ -98,7 +98,6 @@ def test_benchmark(python) -> None:
 
 
 @needs_repo
-@pytest.mark.skipif(not WEIGHTS, reason="NO WEIGHT HAS BEEN FILED YET")
 def test_validate_finds_our_weights(python, images: Path) -> None:
     name = next(iter(WEIGHTS))
     script = ("-m", "chanzoo", "run", Path(REPO, "validate.py"), "--model", name, "--pretrained")
