@@ -166,7 +166,7 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     model = timm.create_model(run.model, num_classes=dataset.num_classes)
     model.load_state_dict(load(content))
     result = evaluate(model, data, split="val")
-    trained = (out / "summary.csv").read_text().strip().splitlines()
+    trained = read_summary(out / "summary.csv")
     row = Weight(
         name=run.weight,
         dataset=dataset.tag,
@@ -200,6 +200,15 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     rows[row.name] = row
     save_rows(rows, table)
     return row
+
+
+def read_summary(path: Path) -> list[str]:
+    """Header and one line per epoch; of an epoch that was repeated after a kill, the later one.
+
+    The train script writes its header again when it resumes.
+    """
+    header, *lines = path.read_text().strip().splitlines()
+    return [header, *{line.partition(",")[0]: line for line in lines if line != header}.values()]
 
 
 def neutral_command(run: Run) -> str:

@@ -66,6 +66,7 @@ def test_the_network_knows_more_than_chance(row: Weight) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's image reader leaves it to Python
 @pytest.mark.parametrize("row", ROWS)
 def test_the_metric_is_measured_again_from_the_file(row: Weight) -> None:
     from chanzoo.measure.accuracy import evaluate
