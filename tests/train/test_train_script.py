@@ -61,7 +61,7 @@ def test_fine_tuning_on_other_classes_starts_ahead_of_scratch(
     assert float(tuned[0]["train_loss"]) < float(scratch[0]["train_loss"])
 
 
-@pytest.mark.parametrize("kill_after", [1, 7])
+@pytest.mark.parametrize("kill_after", [2, 7])
 def test_queue_runner_resumes_after_a_kill_and_files_what_it_measured(
     timm_repo: Path, image_folder: Path, tmp_path: Path, kill_after: int
 ) -> None:
