@@ -12,7 +12,12 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .decorrelation import BatchDecorrelation, instance_variance, sample_statistics
+from .decorrelation import (
+    BatchDecorrelation,
+    instance_variance,
+    one_pass_instance_variance,
+    sample_statistics,
+)
 from .reweight import AdaptiveInstanceInverse
 
 __all__ = ["ChannelEquilibrium", "EquilibriumAct", "EquilibriumConv2d", "MergedEquilibrium"]
@@ -168,7 +173,7 @@ class MergedEquilibrium(_FullPrecision):
     def _forward(self, x: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError("this Channel Equilibrium layer was merged for inference and cannot train.")
-        variance = instance_variance(x)
+        variance = one_pass_instance_variance(x)
         gain = self.scale.to(variance.dtype) * self.reweight.gate(variance)
         return mix_channels(x, self.operator.to(variance.dtype), gain)
 
