@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(name: str, args: argparse.Namespace) -> tuple[ChannelReport, list[AblationPoint]]:
-    from ..measure.channels import ablation_curve, find_sites, measure_channels, sample_batches
+    from ..measure.channels import ablation_curve, measure_channels, sample_batches
+    from ..measure.sites import find_sites
 
     model = build_model(name, args).to(args.device)
     batches = sample_batches(

@@ -19,9 +19,9 @@ from chanzoo.measure.channels import (
     AblationPoint,
     ablation_curve,
     effective_gain,
-    find_sites,
     measure_channels,
 )
+from chanzoo.measure.sites import find_sites
 
 
 class Block(nn.Module):
