@@ -1,7 +1,8 @@
 """Which channels of a convolutional network do any work: the analysis of the Channel Equilibrium paper.
 
 Looks at the sites of ``sites.py``. Follows Shao et al., "Channel Equilibrium Networks for Learning Deep
-Representation" (ICML 2020, arXiv:2003.00214). The paper draws its curves for chosen layers of VGG; which sites count is an argument here.
+Representation" (ICML 2020, arXiv:2003.00214). The paper draws its curves for chosen layers of VGG; which
+sites count is an argument here.
 """
 
 from __future__ import annotations
