@@ -176,7 +176,8 @@ def one_pass_instance_variance(x: Tensor) -> Tensor:
     """:func:`instance_variance` without a centred copy of the input, for inference.
 
     ``‖x‖² − n · mean²`` loses relative accuracy where a channel's mean dwarfs its deviation (1e-3 at a
-    hundredfold). What such a channel adds to the input of the gate is small beside the others' variances.
+    hundredfold), and may end a rounding error below 0. What such a channel adds to the input of the gate is
+    small beside the others' variances.
 
     Shape:
         x ``(b, c, h, w)`` → ``(b, c)``, at least 32-bit floats.
@@ -186,8 +187,9 @@ def one_pass_instance_variance(x: Tensor) -> Tensor:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
     pixels = x.shape[2]
-    spread = torch.linalg.vector_norm(x, dim=2).square() - pixels * x.mean(dim=2).square()
-    return spread.clamp(min=0) / max(pixels - 1, 1)
+    total = x.sum(dim=2)
+    spread = torch.linalg.vector_norm(x, dim=2).square_().addcmul_(total, total, value=-1.0 / pixels)
+    return spread.mul_(1.0 / max(pixels - 1, 1))  # few small operations: they cost more than their sums
 
 
 class BatchDecorrelation(nn.Module):
