@@ -211,6 +211,8 @@ def build_model(name: str, args: argparse.Namespace) -> nn.Module:
         WeightsRejectedError: The file is not the published one.
         HubError: The weights are not here and the Hub cannot be reached.
     """
+    if Path(name, "config.json").is_file():
+        name = f"local-dir:{name}"
     check_name(name)
     check_file(args.checkpoint, "checkpoint")
     if args.checkpoint and args.weights:
@@ -219,6 +221,10 @@ def build_model(name: str, args: argparse.Namespace) -> nn.Module:
     import timm
     import torch
 
+    from ..models import check_folder
+
+    if name.startswith("local-dir:"):
+        check_folder(name.removeprefix("local-dir:"))
     torch.manual_seed(0)
     pretrained = not args.checkpoint and args.weights != "none"
     try:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..store import find_local, load_tensors, locate, parse_tensors, row_for
+from ..store import find_local, load_tensors, locate, parse_tensors, row_for, widen
 from ..weights import DATASETS, IMAGENET_MEAN, IMAGENET_STD, weights_of
+from ._saved import check_config, check_network, read_saved
 
 __all__ = ["arch_cfgs", "build", "cifar_cfg", "imagenet_cfg"]
 
@@ -112,6 +113,10 @@ def build(
             overlay = _explicit_file(variant, tag, overlay)
         elif tag:
             row_args = next((row.model_args for row in weights_of(variant) if row.tag == tag), {})
+    else:
+        source, tensors = _saved_source(model_cls, defaults or {}, source, pretrained, cache_dir, kwargs)
+        if tensors:
+            overlay["state_dict"] = tensors
     model = build_model_with_cfg(
         model_cls,
         variant,
@@ -126,6 +131,35 @@ def build(
         if isinstance(cfg := getattr(holder, "pretrained_cfg", None), dict):
             cfg.pop("state_dict", None)
     return model
+
+
+def _saved_source(
+    model_cls: Any,
+    defaults: dict[str, Any],
+    cfg: Any,
+    pretrained: bool,
+    cache_dir: str | Path | None,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[str, Tensor]]:
+    """Take over what timm found in a folder (``local-dir:``) or a repository (``hf-hub:``).
+
+    Returns:
+        The config without its source, and the tensors; none without ``pretrained`` or another source.
+    """
+    cfg = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict(remove_null=False)
+    if cfg.get("source") not in ("hf-hub", "local-dir"):
+        return cfg, {}
+    saved_args = {
+        **defaults,
+        "num_classes": cfg.get("num_classes"),
+        **kwargs.get("pretrained_model_args", {}),
+    }
+    where, digest = check_config(cfg)
+    tensors = read_saved(cfg, digest, cache_dir) if pretrained else {}
+    check_network(where, lambda: model_cls(**saved_args), tensors or None)
+    for key in ("source", "file"):
+        cfg[key] = None
+    return cfg, widen(tensors)
 
 
 def _explicit_file(variant: str, tag: str | None, overlay: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_doctor_finds_a_damaged_file(cli, row: Weight) -> None:
     assert done.code == 3
     assert f"BAD  {row.name}" in done.out
     assert (
-        f"is not the published file of {row.name}\n  expected  sha256 {row.sha256}\n  found     sha256 "
+        f"is not the published file of {row.name}\n  expected  sha256 {row.sha256}, {row.file_bytes:,} bytes\n  found     sha256 "
         in done.err
     )
 
