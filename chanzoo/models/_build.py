@@ -149,12 +149,11 @@ def _saved_source(
     cfg = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict(remove_null=False)
     if cfg.get("source") not in ("hf-hub", "local-dir"):
         return cfg, {}
-    saved_args = {
-        **defaults,
-        "num_classes": cfg.get("num_classes"),
-        **kwargs.get("pretrained_model_args", {}),
-    }
-    where, digest = check_config(cfg)
+    where, digest = check_config(cfg, kwargs.get("pretrained_model_args", {}))
+    saved_args = {**defaults, "num_classes": cfg["num_classes"]}
+    if cfg.get("fixed_input_size"):  # then timm's builder hands the size to the network
+        saved_args["img_size"] = cfg.get("input_size", (3, 224, 224))[1:]
+    saved_args |= kwargs.get("pretrained_model_args", {})
     tensors = read_saved(cfg, digest, cache_dir) if pretrained else {}
     check_network(where, lambda: model_cls(**saved_args), tensors or None)
     for key in ("source", "file"):

@@ -43,11 +43,12 @@ def sha256_note(digest: str) -> str:
     return f"sha256:{digest}"
 
 
-def check_config(cfg: dict[str, Any]) -> tuple[str, str]:
+def check_config(cfg: dict[str, Any], model_args: dict[str, Any]) -> tuple[str, str]:
     """Check the data part of a saved config.
 
     Args:
         cfg: As timm hands it over; loses the note of the weight file's hash, which is true of that file only.
+        model_args: The saved arguments of the network.
 
     Returns:
         Where it comes from, for messages, and the sha256 that it gives for the weight file, or nothing.
@@ -63,8 +64,17 @@ def check_config(cfg: dict[str, Any]) -> tuple[str, str]:
         raise _refused(where, "hf_hub_filename", cfg["hf_hub_filename"], FILE_NAME)
     if not _is_whole(cfg.get("num_classes"), 0):
         raise _refused(where, "num_classes", cfg.get("num_classes"), f"a whole number of 0 to {MAX_NUMBER:,}")
+    if model_args.get("num_classes", cfg["num_classes"]) != cfg["num_classes"]:
+        raise _refused(
+            where, "num_classes", cfg["num_classes"], f"that of model_args, {model_args['num_classes']!r}"
+        )
+    if not isinstance(cfg.get("fixed_input_size"), (bool, type(None))):
+        raise _refused(where, "fixed_input_size", cfg["fixed_input_size"], "true or false")
     for key, length in _SIZES.items():
-        if (value := cfg.get(key)) is not None and not (
+        value = cfg.get(key)
+        if value is None and (key != "input_size" or key not in cfg):
+            continue
+        if not (
             isinstance(value, (list, tuple)) and len(value) == length and all(_is_whole(n, 1) for n in value)
         ):
             raise _refused(where, key, value, f"{length} whole numbers")
@@ -124,7 +134,7 @@ def check_folder(folder: str | Path) -> None:
         raise _refused(where, "label_names", labels, "a list of texts")
     cfg = {**cfg, "num_classes": config.get("num_classes", cfg.get("num_classes", 1000))}
     cfg |= {"source": "local-dir", "file": where}
-    _, digest = check_config(cfg)
+    _, digest = check_config(cfg, args)
     if not model_entrypoint(arch).__module__.startswith("chanzoo."):  # ours do the rest themselves
         saved_args = {"num_classes": cfg["num_classes"], **args}
         check_network(where, lambda: timm.create_model(arch, **saved_args), read_saved(cfg, digest, None))

@@ -135,10 +135,8 @@ def test_doctor_finds_a_damaged_file(cli, row: Weight) -> None:
     done = cli("doctor")
     assert done.code == 3
     assert f"BAD  {row.name}" in done.out
-    assert (
-        f"is not the published file of {row.name}\n  expected  sha256 {row.sha256}, {row.file_bytes:,} bytes\n  found     sha256 "
-        in done.err
-    )
+    assert f"is not the published file of {row.name}\n" in done.err
+    assert f"  expected  sha256 {row.sha256}, {row.file_bytes:,} bytes\n  found     sha256 " in done.err
 
 
 def test_the_real_embedded_weights_are_whole(cli) -> None:

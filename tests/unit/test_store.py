@@ -298,8 +298,8 @@ def test_a_published_file_while_offline(monkeypatch: pytest.MonkeyPatch, zoo: Zo
     assert str(caught.value).splitlines() == [
         f"cannot get the weights of {NAME}: HF_HUB_OFFLINE is set and it is not in the cache.",
         "  tried  this machine, then nobody/nothing at 5b2e9d1",
-        f"  No network was built.   Try again: chanzoo pull {NAME}   Or put {NAME}.safetensors into a folder and name it: "
-        "CHANZOO_WEIGHTS=FOLDER",
+        f"  No network was built.   Try again: chanzoo pull {NAME}   Or put {NAME}.safetensors into a folder "
+        "and name it: CHANZOO_WEIGHTS=FOLDER",
     ]
     assert caught.value.exit_code == 4
 
