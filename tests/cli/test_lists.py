@@ -112,7 +112,8 @@ def test_unknown_names(cli, name: str, message: str) -> None:
 
 
 @pytest.mark.usefixtures("row")
-def test_doctor(cli) -> None:
+def test_doctor(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = cli("doctor", "--format", "json")
     data = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
