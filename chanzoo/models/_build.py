@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UsageError
 from ..store import find_local, load_tensors, locate, parse_tensors, row_for, widen
@@ -114,9 +114,11 @@ def build(
         elif tag:
             row_args = next((row.model_args for row in weights_of(variant) if row.tag == tag), {})
     else:
-        source, tensors = _saved_source(model_cls, defaults or {}, source, pretrained, cache_dir, kwargs)
-        if tensors:
-            overlay["state_dict"] = tensors
+        source = dict(source) if isinstance(source, dict) else source.to_dict(remove_null=False)
+        if source.get("source") in ("hf-hub", "local-dir"):
+            overlay |= _saved_source(model_cls, defaults or {}, source, pretrained, cache_dir, kwargs)
+        elif pretrained and not any(overlay.get(key) for key in _SOURCES):
+            overlay |= _resolved_source(variant, source, cache_dir)
     model = build_model_with_cfg(
         model_cls,
         variant,
@@ -136,19 +138,16 @@ def build(
 def _saved_source(
     model_cls: Any,
     defaults: dict[str, Any],
-    cfg: Any,
+    cfg: dict[str, Any],
     pretrained: bool,
     cache_dir: str | Path | None,
     kwargs: dict[str, Any],
-) -> tuple[Any, dict[str, Tensor]]:
+) -> dict[str, Any]:
     """Take over what timm found in a folder (``local-dir:``) or a repository (``hf-hub:``).
 
     Returns:
-        The config without its source, and the tensors; none without ``pretrained`` or another source.
+        What goes over the config: no source, and with ``pretrained`` the tensors.
     """
-    cfg = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict(remove_null=False)
-    if cfg.get("source") not in ("hf-hub", "local-dir"):
-        return cfg, {}
     where, digest = check_config(cfg, kwargs.get("pretrained_model_args", {}))
     saved_args = {**defaults, "num_classes": cfg["num_classes"]}
     if cfg.get("fixed_input_size"):  # then timm's builder hands the size to the network
@@ -156,9 +155,15 @@ def _saved_source(
     saved_args |= kwargs.get("pretrained_model_args", {})
     tensors = read_saved(cfg, digest, cache_dir) if pretrained else {}
     check_network(where, lambda: model_cls(**saved_args), tensors or None)
-    for key in ("source", "file"):
-        cfg[key] = None
-    return cfg, widen(tensors)
+    return {"source": None, "file": None} | ({"state_dict": widen(tensors)} if tensors else {})
+
+
+def _resolved_source(variant: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> dict[str, Any]:
+    """Check the file of a row that timm has looked up in our configs beforehand, as its scripts do."""
+    row = next((row for row in weights_of(variant) if row.tag == cfg.get("tag")), None)
+    if row is None or cfg.get("url") or cfg.get("file") not in (None, str(find_local(row))):
+        return {}
+    return {"state_dict": load_tensors(row, locate(row, cache_dir))}
 
 
 def _explicit_file(variant: str, tag: str | None, overlay: dict[str, Any]) -> dict[str, Any]:

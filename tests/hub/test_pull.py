@@ -401,7 +401,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     def run(*args: str) -> tuple[int, str, str]:
         capsys.readouterr()
         code = main(list(args))
-        return (code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return run
 

@@ -291,6 +291,7 @@ def test_what_is_no_file_counts_as_missing(monkeypatch: pytest.MonkeyPatch, zoo:
 
 
 def test_a_published_file_while_offline(monkeypatch: pytest.MonkeyPatch, zoo: Zoo, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it was read from the environment
     zoo.file.unlink()
     publish(monkeypatch, replace(zoo.row, hub_repo="nobody/nothing", revision="5b2e9d1" + "0" * 33))
     with pytest.raises(HubError) as caught:
@@ -312,11 +313,22 @@ def test_a_published_file_while_the_hub_is_unreachable(zoo: Zoo) -> None:
         "    hub_repo='nobody/nothing', revision='0' * 40)\n"
         "try:\n    store.locate(row)\nexcept store.HubError as error:\n    print(error)\n"
     )
-    env = {**os.environ, "HF_HUB_OFFLINE": "0", "CHANZOO_WEIGHTS": ""}
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "CHANZOO_WEIGHTS": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=200)
-    assert done.stdout.startswith(f"cannot get the weights of {NAME}: the Hub cannot be reached.\n"), (
+    assert done.stdout.startswith(f"cannot get the weights of {NAME}: the Hub cannot be reached ("), (
         done.stderr
     )
+
+
+def test_a_config_that_timm_looked_up_beforehand_is_checked_too(zoo: Zoo) -> None:
+    """timm's newer scripts resolve the config first and hand it over as a dictionary."""
+    cfg = timm.get_pretrained_cfg(NAME).to_dict()
+    assert cfg["file"] == str(zoo.file)
+    assert_holds(create(ARCH, pretrained=True, pretrained_cfg=cfg), zoo.state)
+    flip(zoo.file, 12345)
+    with pytest.raises(WeightsRejectedError) as caught:
+        create(ARCH, pretrained=True, pretrained_cfg=cfg)
+    assert str(caught.value).startswith(refusal(zoo.file, zoo.row, describe(zoo.file)))
 
 
 # Order of sources
