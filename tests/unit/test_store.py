@@ -322,7 +322,9 @@ def test_a_published_file_while_the_hub_is_unreachable(zoo: Zoo) -> None:
 
 def test_a_config_that_timm_looked_up_beforehand_is_checked_too(zoo: Zoo) -> None:
     """timm's newer scripts resolve the config first and hand it over as a dictionary."""
-    cfg = timm.get_pretrained_cfg(NAME).to_dict()
+    found = timm.get_pretrained_cfg(NAME)
+    assert found
+    cfg = found.to_dict()
     assert cfg["file"] == str(zoo.file)
     assert_holds(create(ARCH, pretrained=True, pretrained_cfg=cfg), zoo.state)
     flip(zoo.file, 12345)
