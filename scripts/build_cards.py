@@ -9,62 +9,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from chanzoo.hub.families import FAMILIES, Family
 from chanzoo.recipes.check import wanted
 from chanzoo.recipes.table import RECIPES
 from chanzoo.weights import DATASETS, WEIGHTS, Weight
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- weights:begin -->", "<!-- weights:end -->"
-
-
-@dataclass(frozen=True)
-class Family:
-    """One section of the cards.
-
-    Attributes:
-        title: Heading.
-        archs: Architectures of the section, baselines included.
-        text: What it is, and how it differs from the paper.
-        published: Rows of (network, data, top-1 as printed, where).
-        claim: Pairs of (baseline, method) whose difference is the claim under test.
-    """
-
-    title: str
-    archs: tuple[str, ...]
-    text: str
-    published: tuple[tuple[str, str, str, str], ...] = ()
-    claim: tuple[tuple[str, str], ...] = ()
-
-
-FAMILIES = (
-    Family(
-        title="CIFAR residual networks",
-        archs=("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "cifar_resnet110"),
-        text="He et al., *Deep Residual Learning for Image Recognition* (CVPR 2016, arXiv:1512.03385), the "
-        "networks for 32×32 images; parameter-free shortcuts (option A) unless `shortcut='B'`. They are "
-        "the baselines of the other families.",
-    ),
-    Family(
-        title="Channel Equilibrium",
-        archs=(
-            *("ce_cifar_resnet20", "ce_cifar_resnet56", "ce_resnet18", "ce_resnet34", "ce_resnet50"),
-            *("ce_resnet101", "ce_resnet152", "ce_mobilenetv2", "ce_mobilenetv2_050", "ce_mobilenetv2_075"),
-            *("ce_mobilenetv2_140", "resnet50", "mobilenetv2_100"),
-        ),
-        text="Shao et al., *Channel Equilibrium Networks for Learning Deep Representation* (ICML 2020, "
-        "arXiv:2003.00214): batch decorrelation and instance re-weighting behind a norm. The ResNets follow "
-        "the authors' placement. The placement in MobileNetV2 (behind every depthwise norm) and in the CIFAR "
-        "networks (stem and all stages but the last) is ours, so the paper's accuracies do not carry over.",
-        published=(
-            ("ResNet-50", "ImageNet-1k", "76.6", "authors' repository"),
-            ("CE-ResNet-50", "ImageNet-1k", "78.2", "authors' repository, released file"),
-        ),
-        claim=(("cifar_resnet20", "ce_cifar_resnet20"), ("cifar_resnet56", "ce_cifar_resnet56")),
-    ),
-)
 
 
 def main() -> int:
@@ -127,7 +80,7 @@ def overview() -> str:
 
 def section(family: Family) -> str:
     """One family: what it is, ours, published, the claim, and a card per weight."""
-    rows = [row for row in WEIGHTS.values() if row.arch in family.archs]
+    rows = [row for row in WEIGHTS.values() if row.arch in (*family.archs, *family.baselines)]
     parts = [f"## {family.title}\n\n{family.text}\n"]
     parts.append("### Ours\n\n" + (seed_table(rows) if rows else "No weights yet.\n"))
     if claims := [text for pair in family.claim for text in [claim(*pair)] if text]:

@@ -14,7 +14,7 @@ HELP = "list, show and check training recipes"
 EXAMPLES = """\
   chanzoo recipe ls
   chanzoo recipe ls --wanted                  training runs whose weights do not exist yet
-  chanzoo recipe show c10j_40e > mine.yaml    a copy to edit
+  chanzoo recipe show c10j_pad4_40e > mine.yaml    a copy to edit
   chanzoo recipe check mine.yaml              find keys that timm's train script would ignore in silence
 """
 

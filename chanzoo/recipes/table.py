@@ -55,17 +55,16 @@ _RESNET, _CE, _MBV2 = "arXiv:1512.03385", "arXiv:2003.00214", "arXiv:1801.04381"
 RECIPES = {
     row.name: row
     for row in (
-        Recipe("c10j_40e", "c10j", "CIFAR-10 (JPEG), 40 epochs of SGD with a cosine to zero, CPU"),
-        Recipe("c10j_pad4_40e", "c10j", "As c10j_40e, with unresized crops of images padded once, CPU"),
+        Recipe("c10j_pad4_40e", "c10j", "CIFAR-10 (JPEG, padded once), 40 epochs of SGD, cosine to zero, CPU"),
         Recipe("tin_100e", "tin", "Tiny ImageNet at 64×64, 100 epochs of SGD with a cosine to zero, GPU"),
     )
 }
 
 RUNS = (
-    Run("cifar_resnet20.c10j", "c10j_40e", 0, 1.1, "cpu", _RESNET),
-    Run("ce_cifar_resnet20.c10j", "c10j_40e", 0, 1.5, "cpu", _CE),
-    Run("cifar_resnet20.s1_c10j", "c10j_40e", 1, 1.1, "cpu", _RESNET),
-    Run("ce_cifar_resnet20.s1_c10j", "c10j_40e", 1, 1.5, "cpu", _CE),
+    Run("cifar_resnet20.c10j", "c10j_pad4_40e", 0, 1.1, "cpu", _RESNET),
+    Run("ce_cifar_resnet20.c10j", "c10j_pad4_40e", 0, 1.5, "cpu", _CE),
+    Run("cifar_resnet20.s1_c10j", "c10j_pad4_40e", 1, 1.1, "cpu", _RESNET),
+    Run("ce_cifar_resnet20.s1_c10j", "c10j_pad4_40e", 1, 1.5, "cpu", _CE),
     Run("cifar_resnet56.c10j", "c10j_pad4_40e", 0, 3.5, "cpu", _RESNET),
     Run("ce_cifar_resnet56.c10j", "c10j_pad4_40e", 0, 4.5, "cpu", _CE),
     Run("ce_resnet50.tin", "tin_100e", 0, 0.4, "gpu", _CE),

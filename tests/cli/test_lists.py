@@ -16,7 +16,7 @@ from chanzoo.recipes.table import RECIPES, RUNS
 from chanzoo.weights import Weight
 
 ROW = Weight(
-    name="cifar_resnet20.t1_c10j", dataset="c10j", recipe="c10j_40e", command="python train.py", seed=3,
+    name="cifar_resnet20.t1_c10j", dataset="c10j", recipe="c10j_pad4_40e", command="python train.py", seed=3,
     hours=1.5, metrics={"top1": 0.9123, "top5": 0.99}, params=269722, macs=40813184, file_bytes=5, sha256="",
     licence="apache-2.0", paper="arXiv:1512.03385",
 )  # fmt: skip
@@ -160,10 +160,10 @@ def test_recipe_show_is_the_file(cli) -> None:
     done = cli("recipe", "show", name)
     assert done.out == data["text"] == Path(data["file"]).read_text(encoding="utf-8")
     assert all(run["weight"] in done.err and "--data-dir DATA_DIR" in run["command"] for run in data["runs"])
-    done = cli("recipe", "show", "c10j_4e")
+    done = cli("recipe", "show", "c10j_pad4_4e")
     assert (done.code, done.err) == (
         2,
-        'chanzoo: no recipe "c10j_4e". Did you mean c10j_40e?   See all: chanzoo recipe ls\n',
+        'chanzoo: no recipe "c10j_pad4_4e". Did you mean c10j_pad4_40e?   See all: chanzoo recipe ls\n',
     )
 
 

@@ -133,7 +133,7 @@ def test_the_wheel_holds_the_package_and_the_small_weights(built: Built) -> None
     for needed in (
         "py.typed",
         "weights.json",
-        "recipes/data/c10j_40e.yaml",
+        "recipes/data/c10j_pad4_40e.yaml",
         "recipes/data/train_options.txt",
     ):
         assert f"chanzoo/{needed}" in found

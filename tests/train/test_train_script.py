@@ -27,7 +27,7 @@ def train(repo: Path, data: Path, out: Path, *options: str) -> list[dict[str, st
     command = [sys.executable, "-m", "chanzoo", "run", str(repo / "train.py")]
     if sys.version_info >= (3, 11):
         command = [sys.executable, "-P", str(repo / "train.py"), "--device-modules", "chanzoo"]
-    command += ["--config", str(recipe_path("c10j_40e")), "--data-dir", str(data), *options]
+    command += ["--config", str(recipe_path("c10j_pad4_40e")), "--data-dir", str(data), *options]
     command += ["--output", str(out.parent), "--experiment", out.name]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -49,7 +49,7 @@ def make_file(path: Path, arch: str = ARCH, seed: int = 1, **kwargs: Any) -> dic
 def make_row(path: Path, **changes: Any) -> Weight:
     data = path.read_bytes()
     row = Weight(
-        name=NAME, dataset="c10j", recipe="c10j_40e", command="none", seed=0, hours=0.0, metrics={},
+        name=NAME, dataset="c10j", recipe="c10j_pad4_40e", command="none", seed=0, hours=0.0, metrics={},
         params=0, macs=0, file_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(),
         licence="apache-2.0", paper="arXiv:1512.03385",
     )  # fmt: skip

@@ -63,12 +63,12 @@ def test_shipped_recipes_have_no_problem_and_end_at_zero(name: str) -> None:
 def test_shipped_option_list_is_that_of_the_script() -> None:
     if not os.environ.get("TIMM_REPO"):
         pytest.skip("TIMM_REPO is not set: the list of options was not compared with timm's train.py")
-    shipped = set((check.recipe_path("c10j_40e").parent / "train_options.txt").read_text().split())
+    shipped = set((check.recipe_path("c10j_pad4_40e").parent / "train_options.txt").read_text().split())
     assert check.script_options(check.train_script()) == shipped
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="Did you mean c10j_40e"):
+    with pytest.raises(UsageError, match="Did you mean c10j_pad4_40e"):
         check.recipe_path("c10j_40")
 
 

@@ -1,0 +1,82 @@
+"""What the cards say about a family of networks: its text, the published figures, and whom to cite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One section of the cards.
+
+    Attributes:
+        title: Heading.
+        tag: On the Hub.
+        archs: Our architectures.
+        text: What it is, and how it differs from the paper.
+        citation: BibTeX of the paper.
+        baselines: Networks of timm that are trained beside ours, for comparison.
+        published: Rows of (network, data, top-1 as printed, where).
+        claim: Pairs of (baseline, method) whose difference is the claim under test.
+    """
+
+    title: str
+    tag: str
+    archs: tuple[str, ...]
+    text: str
+    citation: str
+    baselines: tuple[str, ...] = ()
+    published: tuple[tuple[str, str, str, str], ...] = ()
+    claim: tuple[tuple[str, str], ...] = ()
+
+
+FAMILIES = (
+    Family(
+        title="CIFAR residual networks",
+        tag="cifar-resnet",
+        archs=("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "cifar_resnet110"),
+        text="He et al., *Deep Residual Learning for Image Recognition* (CVPR 2016, arXiv:1512.03385), the "
+        "networks for 32×32 images; parameter-free shortcuts (option A) unless `shortcut='B'`. They are "
+        "the baselines of the other families.",
+        citation="""\
+@inproceedings{he2016deep,
+  title     = {Deep Residual Learning for Image Recognition},
+  author    = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
+  year      = {2016}
+}""",
+    ),
+    Family(
+        title="Channel Equilibrium",
+        tag="channel-equilibrium",
+        archs=(
+            *("ce_cifar_resnet20", "ce_cifar_resnet56", "ce_resnet18", "ce_resnet34", "ce_resnet50"),
+            *("ce_resnet101", "ce_resnet152", "ce_mobilenetv2", "ce_mobilenetv2_050", "ce_mobilenetv2_075"),
+            "ce_mobilenetv2_140",
+        ),
+        text="Shao et al., *Channel Equilibrium Networks for Learning Deep Representation* (ICML 2020, "
+        "arXiv:2003.00214): batch decorrelation and instance re-weighting behind a norm. The ResNets follow "
+        "the authors' placement. The placement in MobileNetV2 (behind every depthwise norm) and in the CIFAR "
+        "networks (stem and all stages but the last) is ours, so the paper's accuracies do not carry over.",
+        citation="""\
+@inproceedings{shao2020channel,
+  title     = {Channel Equilibrium Networks for Learning Deep Representation},
+  author    = {Shao, Wenqi and Tang, Shitao and Pan, Xingang and Tan, Ping and Wang, Xiaogang and Luo, Ping},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2020}
+}""",
+        baselines=("resnet50", "mobilenetv2_100"),
+        published=(
+            ("ResNet-50", "ImageNet-1k", "76.6", "authors' repository"),
+            ("CE-ResNet-50", "ImageNet-1k", "78.2", "authors' repository, released file"),
+        ),
+        claim=(("cifar_resnet20", "ce_cifar_resnet20"), ("cifar_resnet56", "ce_cifar_resnet56")),
+    ),
+)
+
+
+def family_of(arch: str) -> Family | None:
+    """The family of an architecture of ours; None for timm's and unknown ones."""
+    return next((family for family in FAMILIES if arch in family.archs), None)
