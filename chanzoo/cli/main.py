@@ -11,13 +11,15 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import ChanzooError, UsageError
-from . import autoload, classify, doctor, eval, info, inspect, ls, pull, recipe, run, verify
+from . import autoload, classify, doctor, eval, export, info, inspect, ls, publish, pull, recipe, run, verify
 
 __all__ = ["build_parser", "main"]
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (ls, info, classify, eval, inspect, pull, verify, recipe, doctor, run, autoload)
+    for module in (
+        *(ls, info, classify, eval, inspect, export, pull, verify, publish, recipe, doctor, run, autoload),
+    )
 }
 
 EPILOG = """\

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -14,9 +12,7 @@ import timm
 import torch
 
 import chanzoo
-from chanzoo.measure import count_macs, count_params
-from chanzoo.recipes.check import check_recipe
-from chanzoo.recipes.table import RECIPES, RUNS
+from chanzoo.hub.gate import check_evidence, check_metrics, check_network
 from chanzoo.store import embedded_path
 from chanzoo.weights import DATASETS, WEIGHTS, Weight
 
@@ -26,26 +22,12 @@ ROWS = [pytest.param(row, id=row.name) for row in WEIGHTS.values()]
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_file_is_the_one_of_the_row_and_its_evidence_agrees(row: Weight) -> None:
-    folder = ROOT / "weights" / row.name
-    content = (folder / "model.safetensors").read_bytes()
-    assert (hashlib.sha256(content).hexdigest(), len(content)) == (row.sha256, row.file_bytes)
-    evidence = json.loads((folder / "eval.json").read_text())
-    assert (evidence["sha256"], evidence["metrics"]) == (row.sha256, row.metrics)
-    assert check_recipe(folder / "recipe.yaml") == []
-    summary = (folder / "summary.csv").read_text().splitlines()
-    assert len(summary) > 40 and summary[0].startswith("epoch,")
-    assert row.name in (folder / "notes.md").read_text()
+    check_evidence(row, ROOT / "weights" / row.name)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_row_describes_the_network(row: Weight) -> None:
-    run = next(run for run in RUNS if run.weight == row.name)
-    assert (row.recipe, row.seed, RECIPES[row.recipe].dataset) == (run.recipe, run.seed, row.dataset)
-    model = timm.create_model(row.name, pretrained=True)
-    size = DATASETS[row.dataset].input_size
-    assert (count_params(model), count_macs(model, size)) == (row.params, row.macs)
-    assert (model.num_classes, model.pretrained_cfg["tag"]) == (DATASETS[row.dataset].num_classes, row.tag)
-    assert model.pretrained_cfg["input_size"] == size
+    check_network(row, timm.create_model(row.name, pretrained=True))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -75,8 +57,7 @@ def test_the_metric_is_measured_again_from_the_file(row: Weight) -> None:
     if not os.environ.get(variable):
         pytest.skip(f"{variable} is not set: the metric of {row.name} was NOT measured again")
     result = evaluate(timm.create_model(row.name, pretrained=True), os.environ[variable], split="val")
-    assert abs(result.top1 - row.metrics["top1"]) < 1e-4
-    assert abs(result.top5 - row.metrics["top5"]) < 1e-4
+    check_metrics(row.name, row.metrics, {"top1": result.top1, "top5": result.top5})
 
 
 def test_timm_lists_what_has_weights() -> None:
