@@ -232,7 +232,10 @@ def hub_trouble(error: BaseException) -> str:
     if any(isinstance(e, errors.LocalEntryNotFoundError) for e in chain):
         last = str(chain[-1]).splitlines()[0].rstrip(".") if len(chain) > 1 and str(chain[-1]) else ""
         return "the Hub cannot be reached" + (f" ({last})" if last else "")
-    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    first = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # of the HTTP library
+        return f"the Hub cannot be reached ({first})"
+    return first
 
 
 def file_sha256(path: Path) -> str:

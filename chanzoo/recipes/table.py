@@ -55,7 +55,7 @@ _RESNET, _CE, _MBV2 = "arXiv:1512.03385", "arXiv:2003.00214", "arXiv:1801.04381"
 RECIPES = {
     row.name: row
     for row in (
-        Recipe("c10j_pad4_40e", "c10j", "CIFAR-10 (JPEG, padded once), 40 epochs of SGD, cosine to zero, CPU"),
+        Recipe("c10j_pad4_40e", "c10j", "CIFAR-10 (JPEG, padded), 40 epochs of SGD, cosine to zero, CPU"),
         Recipe("tin_100e", "tin", "Tiny ImageNet at 64×64, 100 epochs of SGD with a cosine to zero, GPU"),
     )
 }

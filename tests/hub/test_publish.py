@@ -486,6 +486,7 @@ def settle(hub: Hub) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 @FORKS
 @pytest.mark.usefixtures("signed_in")
 def test_killed_at_fifty_moments(hub: Hub, package: Package) -> None:

@@ -174,9 +174,9 @@ def test_a_fault_of_the_server_is_named(zoo: Zoo, fault: Fault, words: str) -> N
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Fault("timeout", seconds=8, **HEAD), "the Hub cannot be reached"),
-        (Fault("timeout", seconds=1, **GET), "disconnected"),
-        (Fault("cut", after=0, **GET), "peer closed connection"),
+        (Fault("timeout", seconds=8, **HEAD), "the Hub cannot be reached (Server disconnected"),
+        (Fault("timeout", seconds=1, **GET), "the Hub cannot be reached (Server disconnected"),
+        (Fault("cut", after=0, **GET), "the Hub cannot be reached (peer closed connection"),
     ],
     ids=lambda value: f"{value.kind}-{value.method}" if isinstance(value, Fault) else "",
 )
