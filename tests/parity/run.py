@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fill import load_case, make_input
+from safetensors.torch import load_file
 
+from chanzoo.compress import RankSite, collect_ranks, rank_of_maps
 from chanzoo.layers import ChannelEquilibrium
 from chanzoo.models.ce_mobilenetv2 import CEMobileNetV2
 from chanzoo.models.ce_resnet import AUTHORS_LEAVES, CEResNet, from_authors, to_authors
@@ -40,11 +42,13 @@ class Case:
         spec: The json file.
         state: State dict with the reference's names.
         x: Input.
+        stored: All tensors of the other file.
     """
 
     spec: dict[str, Any]
     state: dict[str, Tensor]
     x: Tensor
+    stored: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,20 @@ def ce_mobilenetv2(case: Case) -> dict[str, Tensor]:
     return ours
 
 
+def rank_maps(case: Case) -> dict[str, Tensor]:
+    """Ranks of stored maps: of each map, of each channel over a batch, and over batches of unequal size."""
+    maps = {name: case.stored[f"maps/{name}"] for name in (*case.spec["maps"], *case.spec["stream"])}
+
+    def mean(names: list[str]) -> Tensor:
+        batches = [maps[name] for name in names]
+        table = collect_ranks(nn.Sequential(nn.Identity()), batches, [RankSite("maps", "0")])
+        return table.mean("maps")
+
+    ours = {f"output/per_map/{name}": rank_of_maps(maps[name]) for name in case.spec["maps"]}
+    ours.update({f"output/{name}": mean([name]) for name in case.spec["maps"]})
+    return {**ours, "output/stream": mean(case.spec["stream"])}
+
+
 def _forward(model: nn.Module, case: Case) -> dict[str, Tensor]:
     """Output, and each module's output that the case asks for (``_avg``: its spatial mean)."""
     ours: dict[str, Tensor] = {}
@@ -163,11 +181,12 @@ def _forward(model: nn.Module, case: Case) -> dict[str, Tensor]:
     return ours
 
 
-# Pattern of a case's "model", what runs it, and the tolerance.
+# Pattern of a case's "kind", or of its "model" if it states no kind; what runs it, and the tolerance.
 KINDS: tuple[tuple[str, Callable[[Case], dict[str, Tensor]], float], ...] = (
     (r"ChannelEquilibrium\b", ce_layer, LAYER_TOLERANCE),
     (r"ce_resnet\d+\b", ce_resnet, MODEL_TOLERANCE),
     (r"ce_mobilenetv2(_\d+)?\b", ce_mobilenetv2, MODEL_TOLERANCE),
+    (r"rank_maps\b", rank_maps, LAYER_TOLERANCE),  # ranks are whole numbers, so this means equal
 )
 
 
@@ -176,11 +195,13 @@ def run_case(path: Path) -> Outcome:
     tolerance, worst = 0.0, float("nan")
     try:
         spec, state, x, expected = load_case(path)
-        kind = next((row for row in KINDS if re.match(row[0], spec["model"])), None)
+        called = spec.get("kind") or spec["model"]
+        kind = next((row for row in KINDS if re.match(row[0], called)), None)
         if kind is None:
-            return Outcome(path.stem, worst, tolerance, f"no kind of case is called {spec['model']!r}")
+            return Outcome(path.stem, worst, tolerance, f"no kind of case is called {called!r}")
         tolerance = kind[2]
-        ours = kind[1](Case({"expected": sorted(expected), **spec}, state, x))
+        stored = load_file(path.with_suffix(".safetensors"))
+        ours = kind[1](Case({"expected": sorted(expected), **spec}, state, x, stored))
         if not expected:
             return Outcome(path.stem, worst, tolerance, "the case expects nothing")
         worst, why = 0.0, ""
