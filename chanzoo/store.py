@@ -194,7 +194,8 @@ def fetch(row: Weight, cache_dir: str | Path | None = None, tqdm_class: Any = No
 
 def _link(blob: Path, final: Path) -> None:
     """Put a blob in its place as the client does: by a link, or by moving it where there are no links."""
-    link = final.with_name(f".{final.name}.{os.getpid()}")
+    link = final.with_name(f".{final.name}.link")  # one name, under the lock: a dead process leaves no other
+    link.unlink(missing_ok=True)
     try:
         link.symlink_to(os.path.relpath(blob, final.parent))
     except OSError:
