@@ -32,9 +32,11 @@ import chanzoo
 from chanzoo.errors import ChanzooError, UsageError
 from chanzoo.measure import count_macs, count_params
 from chanzoo.measure.accuracy import evaluate
-from chanzoo.recipes.check import check_recipe, launch_command, recipe_path, wanted
+from chanzoo.recipes.check import check_recipe, launch_command, prune_command, recipe_path, wanted
 from chanzoo.recipes.table import RECIPES, RUNS, Run
 from chanzoo.weights import DATASETS, TABLE, Weight, load_rows, save_rows
+
+PRUNED = "pruned"  # folder of a run's network before training
 
 ROOT = Path(__file__).resolve().parent.parent
 # Newest first: the finished checkpoint, the one being moved into its place, then numbered ones.
@@ -103,7 +105,10 @@ def train(run: Run, data: str, out: Path) -> None:
     if problems := check_recipe(recipe_path(run.recipe)):
         raise UsageError(f"{run.recipe}: line {problems[0].line}: unknown key {problems[0].key}")
     out.mkdir(parents=True, exist_ok=True)
-    command = [*launch_command(run, data), "--output", str(out.parent), "--experiment", out.name]
+    if run.source and not (out / PRUNED).is_dir():
+        subprocess.run(prune_command(run, data, str(out / PRUNED)), check=True)
+    command = launch_command(run, data, start_from=str(out / PRUNED))
+    command += ["--output", str(out.parent), "--experiment", out.name]
     if checkpoint := newest_checkpoint(out):
         command += ["--resume", str(checkpoint)]
     print(f"{run.weight}: {'resuming' if checkpoint else 'starting'}, log in {out / 'log.txt'}", flush=True)
@@ -163,7 +168,8 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     dataset = DATASETS[RECIPES[run.recipe].dataset]
     content = save(to_half(saved["state_dict"]))  # no metadata: equal tensors give equal bytes
 
-    model = timm.create_model(run.model, num_classes=dataset.num_classes)
+    args, pruning = read_pruned(run, out)
+    model = timm.create_model(run.model, num_classes=dataset.num_classes, **args)
     model.load_state_dict(load(content))
     result = evaluate(model, data, split="val")
     trained = read_summary(out / "summary.csv")
@@ -181,6 +187,7 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
         sha256=hashlib.sha256(content).hexdigest(),
         licence="apache-2.0",
         paper=run.paper,
+        model_args=args,
     )
     folder = root / "weights" / run.weight
     partial = folder.with_name(f".{run.weight}.partial")
@@ -191,8 +198,9 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     (partial / "summary.csv").write_text("\n".join(trained) + "\n")
     evidence = {"weight": run.weight, "dataset": dataset.title, "split": "val", "images": result.images}
     evidence |= {"sha256": row.sha256, "metrics": row.metrics, "command": f"chanzoo eval {run.weight} DATA"}
+    evidence |= {"pruning": pruning} if pruning else {}
     (partial / "eval.json").write_text(json.dumps(evidence, indent=1) + "\n")
-    (partial / "notes.md").write_text(notes(row, trained))
+    (partial / "notes.md").write_text(notes(row, trained) + pruning_notes(run, pruning))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     table = root / TABLE.relative_to(ROOT)
@@ -200,6 +208,30 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     rows[row.name] = row
     save_rows(rows, table)
     return row
+
+
+def read_pruned(run: Run, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a run with a source: arguments of the network, and what pruning reported."""
+    if not run.source:
+        return {}, {}
+    config = json.loads((out / PRUNED / "config.json").read_text())
+    report = json.loads((out / PRUNED / "report.json").read_text())
+    if config["architecture"] != run.model:
+        raise UsageError(f"{out / PRUNED} holds a {config['architecture']}, not a {run.model}.")
+    args = {key: value for key, value in config["model_args"].items() if key != "num_classes"}
+    keys = ("method", "target", "align", "seed", "images", "macs", "params", "latency_ms", "top1")
+    return args, {"source": run.source, **{key: report[key] for key in keys}}
+
+
+def pruning_notes(run: Run, pruning: dict[str, Any]) -> str:
+    """What became of the accuracy before training."""
+    if not pruning:
+        return ""
+    stages = ", ".join(f"{stage} {100 * top1:.2f} %" for stage, top1 in pruning["top1"].items())
+    return (
+        f"- Pruned from {run.source} by {pruning['method']} to {pruning['macs']['pruned']:,} multiply-adds "
+        f"of {pruning['macs']['full']:,}. Top-1 before the training above: {stages}.\n"
+    )
 
 
 def read_summary(path: Path) -> list[str]:
@@ -213,10 +245,11 @@ def read_summary(path: Path) -> list[str]:
 
 def neutral_command(run: Run) -> str:
     """The command line without the paths of this machine."""
-    command = launch_command(run, "DATA", script="$TIMM_REPO/train.py")[1:]
-    return " ".join(
-        ["python", *(part.replace(str(recipe_path(run.recipe)), "recipe.yaml") for part in command)]
-    )
+    steps = [prune_command(run, "DATA", "PRUNED")] if run.source else []
+    steps.append(launch_command(run, "DATA", script="$TIMM_REPO/train.py"))
+    recipe = str(recipe_path(run.recipe))
+    lines = (" ".join(["python", *(part.replace(recipe, "recipe.yaml") for part in s[1:])]) for s in steps)
+    return " && ".join(lines)
 
 
 def notes(row: Weight, summary: list[str]) -> str:

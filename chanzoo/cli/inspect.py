@@ -222,7 +222,7 @@ def _write(
     (folder / "summary.json").write_text(
         json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    _csv(
+    write_csv(
         folder / "sites.csv",
         ("model", "site", "channels", "inhibited", "ratio"),
         (
@@ -231,7 +231,7 @@ def _write(
             for site in report.magnitudes
         ),
     )
-    _csv(
+    write_csv(
         folder / "channels.csv",
         ("model", "site", "channel", "magnitude"),
         (
@@ -241,12 +241,12 @@ def _write(
             for channel, value in enumerate(magnitude.tolist())
         ),
     )
-    _csv(
+    write_csv(
         folder / "ablation.csv",
         ("model", "seed", "ratio", "top1"),
         ((name, point.seed, point.ratio, point.top1) for name, points in curves.items() for point in points),
     )
-    _csv(
+    write_csv(
         folder / "gains.csv",
         ("model", "layer", "channel", "weight", "effective"),
         (
@@ -270,7 +270,8 @@ def _write(
         plot_gains(reports, folder / "gains.png")
 
 
-def _csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

@@ -11,16 +11,32 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import ChanzooError, UsageError
-from . import autoload, classify, doctor, eval, export, info, inspect, ls, publish, pull, recipe, run, verify
+from . import (
+    autoload,
+    classify,
+    doctor,
+    eval,
+    export,
+    info,
+    inspect,
+    ls,
+    prune,
+    publish,
+    pull,
+    recipe,
+    run,
+    verify,
+)
 
 __all__ = ["build_parser", "main"]
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        *(ls, info, classify, eval, inspect, export, pull, verify, publish, recipe, doctor, run, autoload),
+        ls, info, classify, eval, inspect, prune, export, pull, verify, publish, recipe, doctor, run,
+        autoload,
     )
-}
+}  # fmt: skip
 
 EPILOG = """\
 exit codes:

@@ -60,13 +60,17 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from ..recipes.check import launch_command, recipe_path
+    from ..recipes.check import launch_command, prune_command, recipe_path
     from ..recipes.table import RECIPES, RUNS
 
     path = recipe_path(args.name)
     text = path.read_text(encoding="utf-8")
     runs = [run for run in RUNS if run.recipe == args.name]
-    commands = [shlex.join(launch_command(run, "DATA_DIR", script="TIMM_REPO/train.py")) for run in runs]
+    commands = []
+    for run in runs:
+        steps = [prune_command(run, "DATA_DIR", "PRUNED")] if run.source else []
+        steps.append(launch_command(run, "DATA_DIR", script="TIMM_REPO/train.py"))
+        commands.append(" && ".join(map(shlex.join, steps)))
     if args.format == "json":
         data = {**asdict(RECIPES[args.name]), "file": str(path), "text": text}
         data["runs"] = [{**asdict(run), "command": c} for run, c in zip(runs, commands, strict=True)]

@@ -139,6 +139,7 @@ def collect_ranks(
     threads: int | None = None,
     early_stop: float | Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    snapshot: Callable[[RankTable], None] | None = None,
 ) -> RankTable:
     """Rank of every filter's maps, in one pass over the images.
 
@@ -158,6 +159,7 @@ def collect_ranks(
         early_stop: Fraction of filters to be removed, for all sites or by name: stop after 256 images or more
             as soon as two more batches have not changed which filters would stay.
         progress: Called after each batch with the images done and all images, of this process.
+        snapshot: Called after each batch with the table so far, of this process.
 
     Raises:
         UsageError: A site is not there, an image gives maps that are not finite, parameters are not of 32
@@ -192,6 +194,8 @@ def collect_ranks(
                 meter.run(batch[: share - meter.images])
                 if progress:
                     progress(meter.images, share)
+                if snapshot:
+                    snapshot(meter.table())
                 if early_stop is not None:
                     kept.append(_kept(meter.table(), early_stop))
                     if meter.images >= _MIN_IMAGES and kept[-3:] == 3 * kept[-1:]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..models.hrank import keep_count
 from .sites import RankSite
 
 __all__ = ["RankTable", "keep_count", "read_ranks", "saturated", "select", "undecided"]
@@ -171,32 +172,6 @@ def undecided(
             if close.any():
                 found[name] = close.nonzero()[:, 0]
     return found
-
-
-def keep_count(channels: int, rate: float, rule: str = "plus") -> int:
-    """How many filters stay when a fraction of them goes.
-
-    The error of the floats is part of the published networks: 320 filters at rate 0.9 leave 31.
-
-    Args:
-        channels: Filters of the layer.
-        rate: Fraction removed.
-        rule: ``"plus"`` rounds the filters that stay down, ``"v1"`` those that go.
-
-    Raises:
-        UsageError: ``rate`` is outside [0, 1), ``rule`` is unknown, or no filter would stay.
-
-    Source:
-        The two releases of the code of arXiv:2002.10179 that its authors published.
-    """
-    if not 0 <= rate < 1:
-        raise UsageError(f"rate={rate}: expected a fraction of filters to remove, at least 0 and below 1.")
-    if rule not in ("plus", "v1"):
-        raise UsageError(f'rule="{rule}": expected "plus" or "v1".')
-    keep = int(channels * (1 - rate)) if rule == "plus" else channels - int(rate * channels)
-    if keep < 1:
-        raise UsageError(f"rate={rate} leaves none of {channels} filters.")
-    return keep
 
 
 def select(scores: Tensor, keep: int) -> Tensor:

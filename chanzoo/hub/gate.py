@@ -20,7 +20,8 @@ from ..store import FILE_NAME
 from ..weights import DATASETS, Weight
 from .card import Measured
 from .folders import EVIDENCE, cfg_of
-from .package import Package, unpacked, with_measured
+from .package import Package, with_measured
+from .saved import unpacked
 
 __all__ = ["TOLERANCE", "check_evidence", "check_metrics", "check_network", "check_package", "check_row"]
 

@@ -10,41 +10,27 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf
-from torch import Tensor, nn
+from timm.models import get_pretrained_cfg, model_entrypoint
 
 from .. import weights
-from ..errors import ChanzooError, UsageError
+from ..errors import UsageError
 from ..measure import count_macs, count_params
-from ..models import check_folder
-from ..models._saved import sha256_note
-from ..store import FILE_NAME, cached_path, embedded_path, find_local, load_tensors, widen
+from ..store import FILE_NAME, cached_path, embedded_path, find_local, load_tensors
 from ..weights import DATASETS, Weight
 from .card import Facts, Listed, Measured, model_card
-from .folders import CONFIG, DATA_KEYS, EVIDENCE, Source, cfg_of, create, load, read_saved, read_training
+from .folders import CONFIG, DATA_KEYS, EVIDENCE, Source, cfg_of, load, read_saved, read_training
+from .saved import check_comes_back, config_bytes, input_size_of
 
-__all__ = ["OURS", "Package", "package_folder", "package_row", "unpacked", "with_measured"]
+__all__ = ["OURS", "Package", "package_folder", "package_row", "with_measured"]
 
 CARD = "README.md"
 OURS = (FILE_NAME, CONFIG, CARD, *EVIDENCE)
-
-# What of a timm config says how a network is used; the rest says where it came from.
-_CFG_KEYS = {
-    "tag", "custom_load", "input_size", "test_input_size", "min_input_size", "fixed_input_size",
-    "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "num_classes", "label_names",
-    "label_descriptions", "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description",
-    "paper_name", "paper_ids", "notes",
-}  # fmt: skip
-_NULL = ("pool_size", "first_conv", "classifier")  # may be null, which says something
 
 
 @dataclass(frozen=True)
@@ -109,12 +95,12 @@ def package_row(name: str, repo_id: str) -> Package:
     load(model, tensors, row.name)
     files = {FILE_NAME: path.read_bytes(), **_evidence_of(row, path.parent)}
     cfg = {**data, "tag": row.tag, "license": row.licence, "paper_ids": row.paper, "label_names": None}
-    files[CONFIG] = _config(
+    files[CONFIG] = config_bytes(
         Source(model, tensors, cfg, row.model_args, {k: data[k] for k in DATA_KEYS if k in data}),
         files[FILE_NAME],
         {"label_names": labels} if labels else {},
     )
-    _check_comes_back(files, tensors, model, row.name)
+    check_comes_back(files, tensors, model, row.name)
     evidence = _read_eval(files["eval.json"], row.name)
     return _seal(
         files,
@@ -196,9 +182,9 @@ def package_folder(
     names = DATASETS[about["dataset"]].label_names if about.get("dataset") in DATASETS else ()
     if "label_names" in source.cfg and len(names) == getattr(source.model, "num_classes", None):
         extra["label_names"] = names
-    files[CONFIG] = _config(source, files[FILE_NAME], extra)
-    again = _check_comes_back(files, source.state, source.model, shown)
-    arch, size = json.loads(files[CONFIG])["architecture"], _input_size(again)
+    files[CONFIG] = config_bytes(source, files[FILE_NAME], extra)
+    again = check_comes_back(files, source.state, source.model, shown)
+    arch, size = json.loads(files[CONFIG])["architecture"], input_size_of(again)
     return _seal(
         files,
         Facts(
@@ -236,15 +222,6 @@ def with_measured(package: Package, measured: Measured) -> Package:
     }
     files = {**package.files, "eval.json": (json.dumps(report, indent=1) + "\n").encode()}
     return _seal(files, replace(package.facts, measured=measured), package.name, package.row)
-
-
-@contextmanager
-def unpacked(files: dict[str, bytes]) -> Iterator[Path]:
-    """A temporary folder that holds the files."""
-    with TemporaryDirectory(prefix="chanzoo-") as name:
-        for path, content in files.items():
-            Path(name, path).write_bytes(content)
-        yield Path(name)
 
 
 def _seal(files: dict[str, bytes], facts: Facts, name: str, row: Weight | None = None) -> Package:
@@ -300,70 +277,7 @@ def _read_eval(content: bytes, shown: str) -> dict[str, Any]:
     return report
 
 
-# Networks
-
-
-def _config(source: Source, content: bytes, extra: dict[str, Any]) -> bytes:
-    """``config.json`` as timm writes it, without sources, and with the note of the weight file's hash."""
-    with TemporaryDirectory(prefix="chanzoo-") as folder:
-        try:
-            save_for_hf(
-                source.model,
-                folder,
-                model_config={"pretrained_cfg": source.cfg},
-                model_args=source.model_args,
-                data_config=source.data,
-                safe_serialization=True,
-            )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UsageError(
-                f"the network cannot be written down: {str(error).splitlines()[0]}\n"
-                "  expected  arguments that are numbers, texts, and lists of them\n"
-                "  Nothing was sent."
-            ) from error
-        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-    cfg = {**config["pretrained_cfg"], **source.cfg}
-    notes = [note for note in cfg.get("notes") or () if not note.startswith("sha256:")]
-    cfg["notes"] = [*notes, sha256_note(hashlib.sha256(content).hexdigest())]
-    config["pretrained_cfg"] = {
-        key: value for key, value in cfg.items() if key in _CFG_KEYS and (value is not None or key in _NULL)
-    }
-    return (json.dumps({**config, **extra}, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _check_comes_back(
-    files: dict[str, bytes], state: dict[str, Tensor], original: nn.Module, shown: str
-) -> nn.Module:
-    """Rebuild a network from the files alone; raise unless it is the original, bit by bit."""
-    with unpacked(files) as folder:
-        try:
-            check_folder(folder)
-            again = create(f"local-dir:{folder}", shown, pretrained=True)
-        except ChanzooError as error:
-            raise UsageError(
-                f'"{shown}" does not come back from what would be published.\n'
-                f"  {str(error).replace(str(folder), shown).splitlines()[0]}\n"
-                "  Nothing was sent."
-            ) from error
-    found, expected = again.state_dict(), widen(state)
-    same = found.keys() == expected.keys() and all(
-        found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items()
-    )
-    if same:
-        image = torch.randn(2, *_input_size(again), generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            same = torch.equal(original(image), again(image))
-    if not same:
-        raise UsageError(
-            f'"{shown}" comes back as another network: tensors or outputs differ.\n'
-            "  Nothing was sent.   Floats of 64 bits do not survive: save the network in 32 or 16 bits"
-        )
-    return again
-
-
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    size = cfg_of(model).get("input_size", (3, 224, 224))
-    return (int(getattr(model, "in_chans", size[0])), int(size[1]), int(size[2]))
+# Names
 
 
 def _is_ours(arch: str) -> bool:

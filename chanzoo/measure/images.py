@@ -106,9 +106,23 @@ def _check_classes(model: nn.Module, root: Path, classes: list[str]) -> None:
 
 
 def open_loader(
-    model: nn.Module, dataset: Any, *, batch_size: int, workers: int = 0, device: torch.device | str = "cpu"
+    model: nn.Module,
+    dataset: Any,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    crop_pct: float | None = None,
 ) -> Any:
     """Batches as the network was evaluated: its test size, crop, mean and deviation.
+
+    Args:
+        model: A timm network.
+        dataset: Of :func:`open_images`, or :class:`Picked` from one.
+        batch_size: Images at a time.
+        workers: Processes that read images; 0 for none besides this one.
+        device: Where the batches go.
+        crop_pct: Share of an image that the centre crop keeps, if not the network's own.
 
     Returns:
         An iterable of images ``(b, c, h, w)`` and classes ``(b,)`` on the device.
@@ -122,7 +136,7 @@ def open_loader(
         mean=config["mean"],
         std=config["std"],
         num_workers=workers,
-        crop_pct=config["crop_pct"],
+        crop_pct=crop_pct or config["crop_pct"],
         crop_mode=config["crop_mode"],
         device=torch.device(device),
     )

@@ -10,7 +10,16 @@ from typing import Any
 from ..errors import ChanzooError
 from .channels import AblationPoint, ChannelReport
 
-__all__ = ["plot_ablation", "plot_gains", "plot_inhibited", "require_matplotlib", "summarise"]
+__all__ = [
+    "plot_ablation",
+    "plot_gains",
+    "plot_inhibited",
+    "plot_rank_histograms",
+    "plot_rank_stability",
+    "plot_widths",
+    "require_matplotlib",
+    "summarise",
+]
 
 _COLOURS = ("#3b6fb6", "#d9822b", "#4a9a5b", "#a64d79")
 
@@ -79,6 +88,51 @@ def plot_gains(reports: Mapping[str, ChannelReport], path: Path) -> None:
     _save(figure, axes, path)
 
 
+def plot_widths(widths: Sequence[tuple[str, int, int]], path: Path) -> None:
+    """Channels before and after, one bar per group in the order of the forward."""
+    figure, axes = _axes(max(6.4, 0.14 * len(widths)))
+    places = range(1, len(widths) + 1)
+    axes.bar(places, [before for _, before, _ in widths], color="#d0d4da", label="full")
+    axes.bar(places, [after for _, _, after in widths], color=_COLOURS[0], label="kept")
+    axes.set(xlabel="group of channels", ylabel="channels")
+    _save(figure, axes, path)
+
+
+def plot_rank_histograms(means: Mapping[str, tuple[Sequence[float], int]], path: Path) -> None:
+    """One row per layer: share of its filters by mean rank, in percent of the largest possible."""
+    figure, axes = _axes(6.4, max(4.0, 0.16 * len(means)))
+    bins = 40
+    rows = []
+    for values, largest in means.values():
+        counts = [0] * bins
+        for value in values:
+            counts[min(bins - 1, int(bins * value / max(largest, 1)))] += 1
+        rows.append([count / max(1, len(values)) for count in counts])
+    axes.imshow(rows, aspect="auto", cmap="Blues", vmin=0, extent=(0, 100, len(rows) + 0.5, 0.5))
+    axes.set(xlabel="mean rank (% of the largest possible)", ylabel="layer, in the order of the forward")
+    axes.grid(visible=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_rank_stability(series: Mapping[str, Sequence[tuple[int, Sequence[float]]]], path: Path) -> None:
+    """Mean rank of each filter against the images seen; one panel per layer, one line per filter."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (name, points) in enumerate(series.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        lines = zip(*(means for _, means in points), strict=True)
+        for line in lines:
+            axes.plot([images for images, _ in points], line, linewidth=0.7)
+        axes.set_title(name, fontsize=8)
+        axes.set(xlabel="images", ylabel="mean rank")
+    figure.savefig(path, dpi=150)
+
+
 def summarise(points: Sequence[AblationPoint]) -> list[tuple[float, float, float]]:
     """Ratio, mean accuracy, and deviation over the seeds (0 for one seed)."""
     rows = []
@@ -88,11 +142,11 @@ def summarise(points: Sequence[AblationPoint]) -> list[tuple[float, float, float
     return rows
 
 
-def _axes() -> tuple[Any, Any]:
+def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

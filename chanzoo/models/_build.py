@@ -19,9 +19,9 @@ __all__ = ["arch_cfgs", "build", "cifar_cfg", "imagenet_cfg"]
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 
 
-def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+def cifar_cfg(stride: int = 4, **kwargs: Any) -> dict[str, Any]:
     """Config of a network for 32×32 images with ten classes."""
-    return {**DATASETS["c10j"].cfg(stride=4), "first_conv": "conv1", "classifier": "fc", **kwargs}
+    return {**DATASETS["c10j"].cfg(stride), "first_conv": "conv1", "classifier": "fc", **kwargs}
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:

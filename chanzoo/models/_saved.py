@@ -11,9 +11,9 @@ import hashlib
 import inspect
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import ChanzooError, HubError, UsageError, WeightsRejectedError
 from ..store import FILE_NAME, hub_trouble, parse_tensors
 
-__all__ = ["check_config", "check_folder", "check_network", "read_saved", "sha256_note"]
+__all__ = ["allowance", "check_config", "check_folder", "check_network", "read_saved", "sha256_note"]
 
 MAX_PARAMS, MAX_MODULES = 4_000_000_000, 50_000  # of a network that comes without a weight file
 MAX_NUMBER = 1_000_000
@@ -35,6 +35,7 @@ _TEXTS = ("interpolation", "crop_mode", "tag", "license", "architecture")
 _NAMES = ("first_conv", "classifier")
 _FIELDS = {field.name for field in fields(PretrainedCfg)}
 _RESERVED = {*inspect.signature(create_model).parameters, "pretrained_model_args", "features_only", "pruned"}
+_counting: ContextVar[Any] = ContextVar("_counting", default=None)  # the innermost allowance of this thread
 _ARGS = "an object with arguments of the network alone"
 
 
@@ -200,7 +201,7 @@ def check_network(where: str, make: Callable[[], nn.Module], tensors: dict[str, 
     params = sum(t.numel() for t in tensors.values()) + 1_000_000 if tensors else MAX_PARAMS
     modules = 40 * len(tensors) + 1_000 if tensors else MAX_MODULES
     try:
-        with torch.device("meta"), _budget(params, modules):
+        with torch.device("meta"), allowance(params, modules):
             shapes = {key: tuple(value.shape) for key, value in make().state_dict().items()}
     except ChanzooError:
         raise
@@ -223,17 +224,20 @@ def check_network(where: str, make: Callable[[], nn.Module], tensors: dict[str, 
 
 
 @contextmanager
-def _budget(params: int, modules: int) -> Iterator[None]:
-    """Stop this thread from making a network with more parameters or modules than that."""
+def allowance(params: int = MAX_PARAMS, modules: int = MAX_MODULES) -> Iterator[None]:
+    """Stop this thread from making networks with more parameters or modules than that, all together.
+
+    Inside another allowance this one counts alone: what is made here is not charged to the outer one. So the
+    base of a narrowed network, which is larger than the file that sets the outer allowance, can be made.
+    """
     used = [0, 0]
-    thread = threading.get_ident()
 
     def parameter(_module: nn.Module, _name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and threading.get_ident() == thread:
+        if isinstance(value, Tensor) and _counting.get() is used:
             spend(0, value.numel(), params, "parameters")
 
     def child(_module: nn.Module, _name: str, value: Any) -> None:
-        if value is not None and threading.get_ident() == thread:
+        if value is not None and _counting.get() is used:
             spend(1, 1, modules, "modules")
 
     def spend(index: int, amount: int, limit: int, what: str) -> None:
@@ -246,9 +250,11 @@ def _budget(params: int, modules: int) -> Iterator[None]:
         nn.modules.module.register_module_buffer_registration_hook(parameter),
         nn.modules.module.register_module_module_registration_hook(child),
     ]
+    outer = _counting.set(used)
     try:
         yield
     finally:
+        _counting.reset(outer)
         for hook in hooks:
             hook.remove()
 

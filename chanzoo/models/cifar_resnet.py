@@ -86,10 +86,8 @@ class CifarBlock(nn.Module):
         self.ce = nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample: nn.Module
-        if stride == 1 and in_channels == out_channels:
-            self.downsample = nn.Identity()
-        elif shortcut == "A":
-            self.downsample = PadShortcut(in_channels, out_channels, stride)
+        if shortcut == "A" or (stride == 1 and in_channels == out_channels):
+            self.downsample = _plain_shortcut(in_channels, out_channels, stride)
         else:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False, **dd),
@@ -107,10 +105,21 @@ class CifarBlock(nn.Module):
         branch = self.ce(self.bn2(self.conv2(branch)))
         return self.act2(self.drop_path(branch) + self.downsample(x))
 
+    def follow_widths(self) -> None:
+        """Fit a shortcut without parameters to the convolutions; see :mod:`chanzoo.layers.narrow`."""
+        if isinstance(self.downsample, (nn.Identity, PadShortcut)):
+            into, out, stride = self.conv1.in_channels, self.conv2.out_channels, self.conv1.stride[0]
+            self.downsample = _plain_shortcut(into, out, stride).train(self.training)
+
     def reparameterize(self) -> None:
         """Fold every batch norm into its convolution; called by ``timm.utils.reparameterize_model``."""
         fold_pairs(self)
         fold_pairs(self.downsample)
+
+
+def _plain_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    is_identity = stride == 1 and in_channels == out_channels
+    return nn.Identity() if is_identity else PadShortcut(in_channels, out_channels, stride)
 
 
 class CifarResNet(nn.Module):

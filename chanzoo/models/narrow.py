@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,9 +29,9 @@ from torch import nn
 from ..errors import UsageError
 from ..layers.narrow import apply_widths, check_cnn
 from ._build import arch_cfgs, build, imagenet_cfg
-from ._saved import MAX_MODULES, MAX_PARAMS, _budget
+from ._saved import allowance
 
-__all__ = ["FORMAT", "read_table"]
+__all__ = ["FORMAT", "features_of", "narrowed", "read_table", "record_args", "refuse_path", "without_memory"]
 
 FORMAT = 1
 _NAME = "narrow_cnn"
@@ -133,7 +132,7 @@ def _facts(base: str) -> _Base:
         cfg = get_pretrained_cfg(base)
     except RuntimeError as error:
         raise UsageError(f"base={base!r}: {error}\n  {_NOTHING}") from error
-    model = _apart(model_entrypoint(arch))
+    model = without_memory(model_entrypoint(arch))
     try:
         check_cnn(model)
     except UsageError as error:
@@ -154,47 +153,64 @@ def _inherit(base: _Base, cfg: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _features(arch: str) -> dict[str, Any]:
+def features_of(arch: str) -> dict[str, Any]:
     """How timm wraps the base for ``features_only``, as arguments of :func:`build`."""
     make = model_entrypoint(arch)
-    own: Any = _apart(lambda: make(features_only=True))
+    own: Any = without_memory(lambda: make(features_only=True))
     levels = tuple(own.feature_info.out_indices)
-    info = _apart(make).feature_info
+    info = without_memory(make).feature_info
     is_nested = any("." in str(level.get("module", "")) for level in cast(Any, info))
     wrapper = _WRAPPERS.get(type(own).__name__)
     if wrapper is None:  # a class that builds the family's own layers; these two wrap any network
-        wrapper = "getter" if hasattr(_apart(make), "forward_intermediates") else "hook"
+        wrapper = "getter" if hasattr(without_memory(make), "forward_intermediates") else "hook"
     return {"feature_cls": wrapper, "feature_levels": levels, "flatten_sequential": is_nested}
 
 
-def _apart(make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a network without memory, in a thread of its own.
+def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a network on the ``meta`` device.
 
-    A saved network is first made within a budget that its weight file sets (``check_network``), which counts
-    what its thread makes. A base is larger than the file: it gets the budget of a network without one.
+    A saved network is first made within an allowance that its weight file sets (``check_network``). A base is
+    larger than the file: it has an allowance of its own, that of a network without a file.
     """
-
-    def make_ghost() -> nn.Module:
-        with torch.device("meta"), _budget(MAX_PARAMS, MAX_MODULES):
-            return make()
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(make_ghost).result()
+    with torch.device("meta"), allowance():
+        return make()
 
 
 def _network(base: Any = _DEFAULT, widths: Any = None, **kwargs: Any) -> nn.Module:
-    """The base, narrowed. Without memory in a ``meta`` context, which is how a saved one is checked."""
     make_base = model_entrypoint(_look_up(base).arch)
+    refuse_path(widths)
+    named, table = read_table(widths)
+    _check_same(base, named)
+    return narrowed(base, partial(make_base, pretrained=False, **kwargs), table)
+
+
+def refuse_path(widths: Any) -> None:
+    """A path is for a user's own call, not for what comes with a saved network.
+
+    Raises:
+        UsageError: ``widths`` is a path.
+    """
     if isinstance(widths, (str, Path)):
         raise UsageError(
             f"widths={str(widths)!r}: a saved network brings its table, not a path.\n  {_NOTHING}"
         )
-    named, table = read_table(widths)
-    _check_same(base, named)
+
+
+def narrowed(base: str, make_base: Callable[[], nn.Module], table: dict[str, Any]) -> nn.Module:
+    """The base, narrowed. Without memory in a ``meta`` context, which is how a saved one is checked.
+
+    Args:
+        base: Name of the full network, for messages.
+        make_base: Makes it.
+        table: Module name → sizes.
+
+    Raises:
+        UsageError: The table does not fit; or, in a check, the base is a giant for the sake of a dwarf.
+    """
     is_check = torch.get_default_device().type == "meta"
 
     def make() -> nn.Module:
-        model = make_base(pretrained=False, **kwargs)
+        model = make_base()
         before = _count(model)
         apply_widths(model, table)
         if is_check and before > _MAX_CUT * _count(model) + _FREE_PARAMS:
@@ -205,7 +221,7 @@ def _network(base: Any = _DEFAULT, widths: Any = None, **kwargs: Any) -> nn.Modu
         return model
 
     try:
-        return _apart(make) if is_check else make()
+        return without_memory(make) if is_check else make()
     except UsageError as error:
         raise UsageError(str(error).replace("The network is unchanged.", _NOTHING)) from error
 
@@ -226,6 +242,19 @@ def _spell_out(model: nn.Module, prefix: str, keep_vars: bool, table: dict[str, 
     args: Any = getattr(model, "_model_args", {})
     if isinstance(args.get("widths"), (str, Path)):
         model._model_args = {**args, "widths": table}  # pyright: ignore[reportArgumentType]
+
+
+def record_args(model: Any, args: dict[str, Any], given: Any) -> None:
+    """Record what a network was made from, for whoever saves it.
+
+    Args:
+        model: The network.
+        args: Constructor arguments, with the table of widths itself.
+        given: The widths as the user gave them; timm records arguments as they were given.
+    """
+    model._model_args = args
+    if isinstance(given, (str, Path)):
+        model.register_state_dict_pre_hook(partial(_spell_out, table=args["widths"]))
 
 
 default_cfgs = generate_default_cfgs(
@@ -249,11 +278,7 @@ def narrow_cnn(pretrained: bool = False, base: Any = None, widths: Any = None, *
         UsageError: The base is no CNN with a name, or the table does not fit it.
         TypeError: The base does not take an argument.
     """
-    saved = kwargs.get("pretrained_model_args") or {}
-    if isinstance(widths, (str, Path)) and widths == saved.get("widths"):
-        raise UsageError(
-            f"widths={str(widths)!r}: a saved network brings its table, not a path.\n  {_NOTHING}"
-        )
+    refuse_path((kwargs.get("pretrained_model_args") or {}).get("widths"))
     named, table = read_table(widths)
     base = named or _DEFAULT if base is None else base
     facts = _look_up(base)
@@ -261,7 +286,7 @@ def narrow_cnn(pretrained: bool = False, base: Any = None, widths: Any = None, *
     inherited = _inherit(facts, kwargs.get("pretrained_cfg"))
     kwargs["pretrained_cfg_overlay"] = {**inherited, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if kwargs.get("features_only"):
-        kwargs = {**_features(facts.arch), **kwargs}
+        kwargs = {**features_of(facts.arch), **kwargs}
     model = build(
         _network,
         _NAME,
@@ -270,7 +295,5 @@ def narrow_cnn(pretrained: bool = False, base: Any = None, widths: Any = None, *
         widths=table,
         **kwargs,
     )
-    model._model_args = {"base": base, "widths": table}  # pyright: ignore[reportArgumentType]
-    if isinstance(widths, (str, Path)):  # timm records arguments as they were given
-        model.register_state_dict_pre_hook(partial(_spell_out, table=table))
+    record_args(model, {"base": base, "widths": table}, widths)
     return model

@@ -19,6 +19,7 @@ __all__ = [
     "Problem",
     "check_recipe",
     "launch_command",
+    "prune_command",
     "recipe_path",
     "script_options",
     "train_script",
@@ -133,13 +134,28 @@ def wanted() -> list[Run]:
     return [run for run in RUNS if run.weight not in WEIGHTS]
 
 
-def launch_command(run: Run, data_dir: str, script: str | None = None) -> list[str]:
+def prune_command(run: Run, data_dir: str, folder: str) -> list[str]:
+    """Command line that makes the network which a run with a source trains.
+
+    Args:
+        run: What to train.
+        data_dir: Folder of the data set.
+        folder: Where the network goes.
+    """
+    options = (*run.prune, "--seed", str(run.seed), "--data", data_dir, "-o", folder)
+    return [sys.executable, "-m", "chanzoo", "prune", run.source, *options]
+
+
+def launch_command(
+    run: Run, data_dir: str, script: str | None = None, start_from: str = "PRUNED"
+) -> list[str]:
     """Command line that trains a run with timm's unmodified script.
 
     Args:
         run: What to train.
         data_dir: Folder of the data set.
         script: Path of the train script, ``$TIMM_REPO/train.py`` by default.
+        start_from: For a run with a source: the folder of the pruned network.
     """
     script = script or str(train_script())
     # -P keeps the script's folder, and with it the checkout's own timm, off the path; Python 3.10 lacks it.
@@ -150,7 +166,7 @@ def launch_command(run: Run, data_dir: str, script: str | None = None) -> list[s
         sys.executable,
         *start,
         *("--config", str(recipe_path(run.recipe))),
-        *("--model", run.model),
+        *(("--model", f"local-dir:{start_from}", "--pretrained") if run.source else ("--model", run.model)),
         *("--data-dir", data_dir),
         *("--seed", str(run.seed)),
         *run.options,

@@ -34,6 +34,8 @@ class Run:
         device: Where the run is meant to happen.
         paper: Of the method or backbone.
         options: More options of the train script.
+        source: Weight that is pruned first, empty for none.
+        prune: Options of ``chanzoo prune`` for that.
     """
 
     weight: str
@@ -43,6 +45,8 @@ class Run:
     device: str
     paper: str
     options: tuple[str, ...] = ()
+    source: str = ""
+    prune: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
@@ -51,24 +55,59 @@ class Run:
 
 
 _RESNET, _CE, _MBV2 = "arXiv:1512.03385", "arXiv:2003.00214", "arXiv:1801.04381"
+_VGG, _HRANK = "arXiv:1409.1556", "arXiv:2002.10179"
 
 RECIPES = {
     row.name: row
     for row in (
         Recipe("c10j_pad4_40e", "c10j", "CIFAR-10 (JPEG, padded), 40 epochs of SGD, cosine to zero, CPU"),
+        Recipe("c10j_pad4_24e", "c10j", "CIFAR-10 (JPEG, padded), 24 epochs: networks to prune, CPU"),
+        Recipe("c10j_pad4_ft6e", "c10j", "CIFAR-10 (JPEG, padded), 6 epochs: after pruning, CPU"),
+        Recipe("tin_ft20e", "tin", "Tiny ImageNet at 64×64, 20 epochs: after pruning, GPU"),
         Recipe("tin_100e", "tin", "Tiny ImageNet at 64×64, 100 epochs of SGD with a cosine to zero, GPU"),
     )
 }
+
+
+def _pruned(weight: str, source: str, share: str, recipe: str, cost: float, device: str) -> Run:
+    """A run that prunes a weight and trains what is left; the tag says criterion and seed if not hrank, 0."""
+    tag = weight.partition(".")[2]
+    method = next((name for name in ("l1", "random") if f"{name}_" in tag), "hrank")
+    options = ("--method", method, "--macs", share)
+    if recipe.startswith("c10j_pad4"):
+        options += ("--crop-pct", "0.8")  # of padded training images: the image itself
+    return Run(weight, recipe, int("s1_" in tag), cost, device, _HRANK, source=source, prune=options)
+
+
+_FT = "c10j_pad4_ft6e"
+# Shares of the multiply-adds that stay, and what that is called.
+_RESNET56 = [(f"{method}{seed}m63", "0.5x") for seed in ("", "s1_") for method in ("", "l1_", "random_")]
+_RESNET56 += [(f"{method}m38", "0.3x") for method in ("", "l1_", "random_")]
+_VGG16 = [(f"{method}m157", "0.5x") for method in ("", "l1_", "random_")]
+_VGG16 += [(f"{method}m94", "0.3x") for method in ("", "l1_", "random_")]
 
 RUNS = (
     Run("cifar_resnet20.c10j", "c10j_pad4_40e", 0, 1.1, "cpu", _RESNET),
     Run("ce_cifar_resnet20.c10j", "c10j_pad4_40e", 0, 1.5, "cpu", _CE),
     Run("cifar_resnet20.s1_c10j", "c10j_pad4_40e", 1, 1.1, "cpu", _RESNET),
     Run("ce_cifar_resnet20.s1_c10j", "c10j_pad4_40e", 1, 1.5, "cpu", _CE),
-    Run("cifar_resnet56.c10j", "c10j_pad4_40e", 0, 3.5, "cpu", _RESNET),
-    Run("ce_cifar_resnet56.c10j", "c10j_pad4_40e", 0, 4.5, "cpu", _CE),
+    Run("cifar_resnet56.c10j", "c10j_pad4_24e", 0, 1.2, "cpu", _RESNET),
+    Run("cifar_vgg16_bn.c10j", "c10j_pad4_24e", 0, 2.5, "cpu", _VGG),
+    *(
+        _pruned(f"hrank_cifar_resnet56.{tag}_c10j", "cifar_resnet56.c10j", share, _FT, 0.3, "cpu")
+        for tag, share in _RESNET56
+    ),
+    Run("cifar_resnet56.ft_c10j", "c10j_pad4_ft6e", 0, 0.35, "cpu", _RESNET, ("--pretrained",)),
+    *(
+        _pruned(f"hrank_cifar_vgg16_bn.{tag}_c10j", "cifar_vgg16_bn.c10j", share, _FT, 0.4, "cpu")
+        for tag, share in _VGG16
+    ),
+    Run("cifar_vgg16_bn.ft_c10j", "c10j_pad4_ft6e", 0, 0.7, "cpu", _VGG, ("--pretrained",)),
+    Run("ce_cifar_resnet56.c10j", "c10j_pad4_24e", 0, 2.0, "cpu", _CE),
     Run("ce_resnet50.tin", "tin_100e", 0, 0.4, "gpu", _CE),
     Run("resnet50.tin", "tin_100e", 0, 0.3, "gpu", _RESNET),
     Run("ce_mobilenetv2.tin", "tin_100e", 0, 0.3, "gpu", _CE),
     Run("mobilenetv2_100.tin", "tin_100e", 0, 0.3, "gpu", _MBV2),
+    _pruned("hrank_resnet50.half_tin", "resnet50.tin", "0.5x", "tin_ft20e", 0.1, "gpu"),
+    _pruned("narrow_cnn.ce_resnet50_half_tin", "ce_resnet50.tin", "0.5x", "tin_ft20e", 0.1, "gpu"),
 )

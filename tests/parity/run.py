@@ -4,11 +4,14 @@
 ``N passed, N failed``. A case is NAME.json beside NAME.safetensors (see fill.py). The reference's weights
 reach our modules through the converters we ship, so those are tested as well.
 
-A new family adds one function from a case to our tensors and one row to ``KINDS``.
+A new family adds one function from a case to our tensors and one row to ``KINDS``. A kind of case that has no
+tensors, only a json file, adds one function from that to what is wrong, and one row to ``LISTS``.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +31,12 @@ from safetensors.torch import load_file
 
 from chanzoo.compress import RankSite, collect_ranks, rank_of_maps
 from chanzoo.layers import ChannelEquilibrium
+from chanzoo.layers.narrow import apply_widths, read_widths
+from chanzoo.macs import count_macs, count_params
+from chanzoo.models import hrank_authors
 from chanzoo.models.ce_mobilenetv2 import CEMobileNetV2
 from chanzoo.models.ce_resnet import AUTHORS_LEAVES, CEResNet, from_authors, to_authors
+from chanzoo.models.hrank import full_network, widths_of_rates
 
 LAYER_TOLERANCE = 1e-5  # 32-bit noise of one layer is below 1e-6; every slip in a formula is above 1e-3
 MODEL_TOLERANCE = 1e-4  # 50 to 150 layers of 32-bit noise in another order of summation
@@ -159,6 +167,50 @@ def rank_maps(case: Case) -> dict[str, Tensor]:
     return {**ours, "output/stream": mean(case.spec["stream"])}
 
 
+def slim(case: Case) -> dict[str, Tensor]:
+    """A whole network by its compress rate: shapes, parameters and MACs exact, and its logits."""
+    spec = case.spec
+    variant = hrank_authors.AUTHORS_NETS[spec["model"]]
+    assert hrank_authors.find_variant(case.state) == variant
+    model = timm.create_model(variant, compress_rate=spec["compress_rate"])
+    state = hrank_authors.from_authors(case.state, variant)
+    model.load_state_dict(state)
+    shapes = {
+        key: list(value.shape) for key, value in hrank_authors.to_authors(model.state_dict(), variant).items()
+    }
+    _expect("shapes", list(shapes.items()), [(key, shape) for key, shape, _ in spec["state"]])
+    _expect("widths", hrank_authors.widths_of(state, variant), read_widths(model, full_network(variant)))
+    macs, size = spec["macs"], spec["macs"]["at"]
+    _expect("params", count_params(model), spec["params"])
+    _expect("macs", count_macs(model, (3, size, size)), macs["conv"] + macs["linear"])
+    return _forward(model, case)
+
+
+def slim_widths(spec: dict[str, Any]) -> None:
+    """Widths that many lists of rates leave: channels, parameters, and a hash of all names and shapes."""
+    for i, row in enumerate(spec["rows"]):
+        variant = hrank_authors.AUTHORS_NETS[row["model"]]
+        table = widths_of_rates(variant, row["compress_rate"])
+        model = full_network(variant)
+        apply_widths(model, table)
+        state = hrank_authors.to_authors(model.state_dict(), variant)
+        weights = [value for value in state.values() if value.dim() > 1]
+        layout = ";".join(f"{key}:{'x'.join(map(str, value.shape))}" for key, value in state.items())
+        found = {
+            "params": count_params(model),
+            "out_channels": [len(weight) for weight in weights],
+            "in_channels": [weight.shape[1] for weight in weights],
+            "sha256": hashlib.sha256(layout.encode()).hexdigest(),
+        }
+        for key, value in found.items():
+            _expect(f"row {i} ({row['model']}): {key}", value, row[key])
+
+
+def _expect(what: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise ValueError(f"{what} {str(found)[:40]} expected {str(expected)[:40]}")
+
+
 def _forward(model: nn.Module, case: Case) -> dict[str, Tensor]:
     """Output, and each module's output that the case asks for (``_avg``: its spatial mean)."""
     ours: dict[str, Tensor] = {}
@@ -175,7 +227,7 @@ def _forward(model: nn.Module, case: Case) -> dict[str, Tensor]:
         module = modules.get(re.sub(r"^ce1$", "act1.ce", re.sub(r"\.ce$", ".se", name)))
         if module is not None:
             module.register_forward_hook(keep(name))
-    model.train(case.spec["mode"] == "train")
+    model.train(case.spec.get("mode") == "train")
     with torch.no_grad():
         ours["output"] = model(case.x)
     return ours
@@ -187,13 +239,21 @@ KINDS: tuple[tuple[str, Callable[[Case], dict[str, Tensor]], float], ...] = (
     (r"ce_resnet\d+\b", ce_resnet, MODEL_TOLERANCE),
     (r"ce_mobilenetv2(_\d+)?\b", ce_mobilenetv2, MODEL_TOLERANCE),
     (r"rank_maps\b", rank_maps, LAYER_TOLERANCE),  # ranks are whole numbers, so this means equal
+    (r"slim\b", slim, MODEL_TOLERANCE),
 )
+
+# Kinds of cases without tensors; what runs them raises if anything differs.
+LISTS: dict[str, Callable[[dict[str, Any]], None]] = {"widths": slim_widths}
 
 
 def run_case(path: Path) -> Outcome:
     """Run the case in ``path`` (.json) and compare every tensor it expects."""
     tolerance, worst = 0.0, float("nan")
     try:
+        spec = json.loads(path.read_text())
+        if check := LISTS.get(spec.get("kind")):
+            check(spec)
+            return Outcome(path.stem, 0.0, tolerance)
         spec, state, x, expected = load_case(path)
         called = spec.get("kind") or spec["model"]
         kind = next((row for row in KINDS if re.match(row[0], called)), None)

@@ -14,10 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import find_cases, main, run_case  # a script, not a package
 
 HERE = Path(__file__).parent
-CASES = list(find_cases([str(HERE / "ce")]))
+FOLDERS = {"ce": 18, "hrank": 10}  # how many cases each holds
+SLOW = {"slim_widths_a"}
+CASES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+    for path in find_cases([str(HERE / folder) for folder in FOLDERS])
+]
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES)
 def test_case(path: Path) -> None:
     outcome = run_case(path)
     assert outcome.passed, outcome.line()
@@ -25,8 +30,34 @@ def test_case(path: Path) -> None:
 
 
 def test_all_cases_are_there() -> None:
-    assert len(CASES) == 18
-    assert sum(file.stat().st_size for file in (HERE / "ce").iterdir()) < 5_000_000
+    found = {folder: len(list(find_cases([str(HERE / folder)]))) for folder in FOLDERS}
+    assert found == FOLDERS
+    assert sum(file.stat().st_size for folder in FOLDERS for file in (HERE / folder).iterdir()) < 5_000_000
+
+
+def test_a_few_lists_of_widths(tmp_path: Path) -> None:
+    spec = json.loads((HERE / "hrank" / "slim_widths_a.json").read_text())
+    rows = {row["model"]: row for row in spec["rows"]}
+    spec["rows"] = [rows[model] for model in ("vgg_16_bn", "densenet_40", "googlenet", "mobilenet_v1")]
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(spec))
+    assert run_case(path).passed
+    spec["rows"][2]["in_channels"][1] += 1
+    path.write_text(json.dumps(spec))
+    assert "row 2 (googlenet): in_channels" in run_case(path).line()
+
+
+def test_a_slim_network_of_other_shapes_fails(tmp_path: Path) -> None:
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(HERE / "hrank" / f"slim_resnet_56{suffix}", tmp_path)
+    path = tmp_path / "slim_resnet_56.json"
+    spec = json.loads(path.read_text())
+    for change, why in (
+        ({"params": 485_412}, "params 485413"),
+        ({"compress_rate": "[0.]*30"}, "loading state_dict"),
+    ):
+        path.write_text(json.dumps({**spec, **change}))
+        assert why in run_case(path).line()
 
 
 @pytest.fixture

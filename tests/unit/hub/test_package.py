@@ -17,7 +17,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from chanzoo.errors import UsageError, WeightsRejectedError
-from chanzoo.hub.package import OURS, package_folder, package_row, unpacked
+from chanzoo.hub.package import OURS, package_folder, package_row
+from chanzoo.hub.saved import unpacked
 from chanzoo.models import check_folder
 from tests.hub.shelf import NAME, WIDTHS, make_images, make_shelf
 

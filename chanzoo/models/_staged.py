@@ -1,0 +1,232 @@
+"""Plain stages in a row, pooling, classifier: the part that the small networks of pruning papers share."""
+
+# No postponed annotations here: scripting needs the type of forward's argument, not its name.
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d, get_device_dtype
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from .._timm import feature_take_indices
+from ..layers.folding import fold_pairs
+
+__all__ = ["ConvBlock", "StagedNet"]
+
+
+class ConvBlock(nn.Module):
+    """Convolution with bias, norm, activation; the size of the maps stays."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        act_layer: type[nn.Module],
+        norm_layer: type[nn.Module],
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Build the block."""
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, **dd)
+        self.bn = norm_layer(out_channels, **dd)
+        self.act = act_layer(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the three in turn.
+
+        Shape:
+            x ``(b, in, h, w)`` → ``(b, out, h, w)``.
+        """
+        return self.act(self.bn(self.conv(x)))
+
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution; called by ``timm.utils.reparameterize_model``."""
+        fold_pairs(self)
+
+
+class StagedNet(nn.Module):
+    """Network of stages that follows timm's model contract; a subclass makes the layers and calls the end.
+
+    Attributes:
+        stage1: First of up to five stages; each but the first begins with a layer that halves the maps.
+            Stages that a network does not have are empty.
+        pre_logits: Hidden layers between pooling and classifier, on maps of any size.
+        fc: The classifier.
+    """
+
+    def _end(
+        self,
+        stages: Sequence[nn.Module],
+        channels: Sequence[int],
+        pre_logits: nn.Module,
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+        place: dict[str, Any],
+    ) -> None:
+        """Take the layers and add the rest; each stage after the first halves the maps."""
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = [
+            dict(num_chs=n, reduction=2**i, module=f"stage{i + 1}") for i, n in enumerate(channels)
+        ]
+        none = [nn.Sequential() for _ in range(5 - len(stages))]  # a loop over stages could not be scripted
+        self.stage1, self.stage2, self.stage3, self.stage4, self.stage5 = [*stages, *none]
+        self.num_features: int = channels[-1]
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
+        self.pre_logits = pre_logits
+        self.head_hidden_size: int = self._hidden_size()
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        self.fc = nn.Linear(self.head_hidden_size, num_classes, **place) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @torch.jit.ignore()
+    def _hidden_size(self) -> int:
+        hidden: Any = self.pre_logits
+        if isinstance(hidden, nn.Identity):
+            return self.num_features * self.global_pool.feat_mult()
+        return hidden.conv.out_channels
+
+    @torch.jit.ignore()
+    def init_weights(self) -> None:
+        """Kaiming normal with fan in for convolutions, small normal for the classifier, zero biases."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore()
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that split the parameters by depth, for layer-wise learning rates."""
+        return dict(stem=r"^stage1\.0", blocks=r"^stage(\d+)" if coarse else r"^stage(\d+)\.(\d+)")
+
+    @torch.jit.ignore()
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory in training."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore()
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.fc
+
+    @torch.jit.ignore()
+    def _stages(self) -> list[nn.Module]:
+        return [getattr(self, info["module"]) for info in self.feature_info]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; a hidden layer stays as long as it fits the pooling.
+
+        Args:
+            num_classes: Outputs of the new one; 0 for none.
+            global_pool: Pooling; the current one is kept if not given. One that gives more features than
+                before (``catavgmax``) gets a fresh hidden layer.
+        """
+        place: Any = get_device_dtype(self)
+        kind = self.global_pool.pool_type if global_pool is None else global_pool
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=kind)
+        pooled = self.num_features * self.global_pool.feat_mult()
+        hidden: Any = self.pre_logits
+        if not isinstance(hidden, nn.Identity) and hidden.conv.in_channels != pooled:
+            width, act, norm = hidden.conv.out_channels, type(hidden.act), type(hidden.bn)
+            self.pre_logits = ConvBlock(pooled, width, 1, act, norm, **place)
+        self.head_hidden_size = self._hidden_size()
+        self.flatten = nn.Flatten(1) if kind else nn.Identity()
+        self.fc = nn.Linear(self.head_hidden_size, num_classes, **place) if num_classes > 0 else nn.Identity()
+        for part in (self.global_pool, self.pre_logits, self.flatten, self.fc):
+            part.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Final features together with those of the stages.
+
+        Args:
+            x: Images ``(b, in_chans, h, w)``.
+            indices: Last n levels for a number, all for None, else the levels themselves.
+            norm: Accepted for timm; every level ends as it is.
+            stop_early: Do not compute what no level needs.
+            output_fmt: Only ``"NCHW"``.
+            intermediates_only: Leave out the final features.
+        """
+        assert output_fmt == "NCHW", "Output shape must be NCHW."
+        stages = self._stages()
+        take, last = feature_take_indices(len(stages), indices)
+        taken = []
+        for level, stage in enumerate(stages[: last + 1] if stop_early else stages):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if level in take:
+                taken.append(x)
+        return taken if intermediates_only else (x, taken)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop every layer behind the last wanted level.
+
+        Args:
+            indices: As in :meth:`forward_intermediates`.
+            prune_norm: Accepted for timm; there is no final norm.
+            prune_head: Drop hidden layer and classifier as well; done anyway when a stage goes.
+        """
+        levels = len(self.feature_info)
+        take, last = feature_take_indices(levels, indices)
+        for level in range(last + 1, levels):
+            setattr(self, f"stage{level + 1}", nn.Sequential())
+        if prune_head or last < levels - 1:
+            self.num_features = self.feature_info[last]["num_chs"]
+            self.pre_logits = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Unpooled features.
+
+        Shape:
+            x ``(b, in_chans, h, w)`` → ``(b, num_features, h', w')``, halved by each stage but the first.
+        """
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self._stages(), x, flatten=True)
+        return self.stage5(self.stage4(self.stage3(self.stage2(self.stage1(x)))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features, run the hidden layer if there is one, classify.
+
+        Shape:
+            x ``(b, num_features, h, w)`` → ``(b, num_classes)``, or ``(b, head_hidden_size)`` before the
+            classifier.
+        """
+        x = self.flatten(self.pre_logits(self.global_pool(x)))
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images.
+
+        Shape:
+            x ``(b, in_chans, h, w)`` → ``(b, num_classes)``.
+        """
+        return self.forward_head(self.forward_features(x))
