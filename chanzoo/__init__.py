@@ -15,15 +15,21 @@ import timm
 from torch.torch_version import TorchVersion
 
 if TYPE_CHECKING:
-    from .measure import count_macs, count_params
+    from .compress import prune
+    from .macs import count_macs, count_params
     from .models import add_channel_equilibrium
 
-__all__ = ["__version__", "add_channel_equilibrium", "count_macs", "count_params", "list_models"]
+__all__ = ["__version__", "add_channel_equilibrium", "count_macs", "count_params", "list_models", "prune"]
 
 __version__ = "0.1.0"
 
 _TIMM_FLOOR = "1.0.31"
-_LAZY = {"add_channel_equilibrium": "models", "count_macs": "measure", "count_params": "measure"}
+_LAZY = {
+    "add_channel_equilibrium": "models",
+    "count_macs": "macs",
+    "count_params": "macs",
+    "prune": "compress",
+}
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:

@@ -10,6 +10,7 @@ so that both see the same machine; the ratio counts, not the seconds.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import timm
 import torch
@@ -37,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     full = timm.create_model(args.model).eval()
-    size = full.pretrained_cfg["input_size"]  # pyright: ignore
+    size: Any = full.pretrained_cfg["input_size"]  # pyright: ignore
     where = f"{args.device}, {args.threads} thread(s), torch {torch.__version__}"
     print(f"{args.model} at {size[1]}×{size[2]}, {where}")
     print("target  round  batch   MACs removed   time won   share of the cut that shows as time")

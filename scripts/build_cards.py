@@ -7,9 +7,11 @@ python scripts/build_cards.py --check   exit 1 if one of them is stale
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 from chanzoo.hub.families import FAMILIES, Family
 from chanzoo.recipes.check import wanted
@@ -82,7 +84,10 @@ def section(family: Family) -> str:
     """One family: what it is, ours, published, the claim, and a card per weight."""
     rows = [row for row in WEIGHTS.values() if row.arch in (*family.archs, *family.baselines)]
     parts = [f"## {family.title}\n\n{family.text}\n"]
-    parts.append("### Ours\n\n" + (seed_table(rows) if rows else "No weights yet.\n"))
+    plain, pruned = ([row for row in rows if bool(pruning_of(row)) == flag] for flag in (False, True))
+    tables = [seed_table(plain)] if plain else []
+    tables += [pruning_table(pruned)] if pruned else []
+    parts.append("### Ours\n\n" + ("\n".join(tables) or "No weights yet.\n"))
     if claims := [text for pair in family.claim for text in [claim(*pair)] if text]:
         parts.append("### The claim under test\n\n" + "\n".join(claims) + "\n")
     if family.published:
@@ -93,11 +98,46 @@ def section(family: Family) -> str:
 
 
 def by_seed(rows: list[Weight]) -> dict[tuple[str, str, str], list[Weight]]:
-    """Rows that differ in their seed only."""
+    """Rows that differ in their seed only; those of pruned networks have tables of their own."""
     groups: dict[tuple[str, str, str], list[Weight]] = {}
     for row in sorted(rows, key=lambda row: row.seed):
-        groups.setdefault((row.arch, row.dataset, row.recipe), []).append(row)
+        if not pruning_of(row):
+            groups.setdefault((row.arch, row.dataset, row.recipe), []).append(row)
     return groups
+
+
+def pruning_of(row: Weight) -> dict[str, Any]:
+    """What was measured while a weight was pruned; empty for others."""
+    report = json.loads((ROOT / "weights" / row.name / "eval.json").read_text(encoding="utf-8"))
+    return report.get("pruning", {})
+
+
+def pruning_table(rows: list[Weight]) -> str:
+    """Accuracy of pruned networks at each step, and what the criteria make of the same cut."""
+    lines = [
+        "Top-1 in percent: of the full network, right after slicing, with norms measured anew, after "
+        "fine-tuning.\n",
+        "| from | criterion | MACs left | seed | full | sliced | norms | fine-tuned | change |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    results: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: (row.arch, -row.macs, row.seed, row.name)):
+        found = pruning_of(row)
+        top1, macs, method = found["top1"], found["macs"], found["method"]
+        share = f"{100 * macs['pruned'] / macs['full']:.0f} %"
+        change = 100 * (row.metrics["top1"] - top1["full"])
+        steps = [100 * top1[key] for key in ("full", "sliced", "recalibrated")]
+        shown = " | ".join(f"{value:.2f}" for value in (*steps, 100 * row.metrics["top1"]))
+        lines.append(f"| `{found['source']}` | {method} | {share} | {row.seed} | {shown} | {change:+.2f} |")
+        results.setdefault((found["source"], share, row.seed), {})[method] = 100 * row.metrics["top1"]
+    text = "\n".join(lines) + "\n"
+    for other in ("l1", "random"):
+        gains = [r["hrank"] - r[other] for r in results.values() if {"hrank", other} <= r.keys()]
+        if gains:
+            each = ", ".join(f"{gain:+.2f}" for gain in gains)
+            mean = statistics.mean(gains)
+            text += f"\nRank against {other}, same cut and seed: {each} points (mean {mean:+.2f}).\n"
+    return text
 
 
 def seed_table(rows: list[Weight]) -> str:

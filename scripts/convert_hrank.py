@@ -70,8 +70,8 @@ def convert(state: dict[str, Tensor]) -> Converted:
         state: Of either release; a prefix ``module.`` and a missing ``num_batches_tracked`` are accepted.
 
     Raises:
-        UsageError: Anything else is missing, unknown, of another shape, or not finite; or the authors' network
-            has a shortcut that ours has not.
+        UsageError: Anything else is missing, unknown, of another shape, or not finite; or their network has a
+            shortcut that ours has not.
 
     Source:
         arXiv:2002.10179, the authors' released code (names of layers, and when a shortcut is added).

@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of channels to remove: one number; one per group, as [0.]+[0.3]*8; or a JSON file, "
         "names of convolutions (shell globs) to numbers",
     )
+    target.add_argument(
+        "--compress-rate",
+        metavar="R",
+        help="a published list of rates, for the networks that HRank's authors pruned",
+    )
     parser.add_argument("--data", metavar="DATA_DIR", help="folder of images, see chanzoo eval")
     parser.add_argument("--split", default="train", help="split for ranks and norms (default: train)")
     parser.add_argument(
@@ -87,9 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-split", default="val", metavar="SPLIT", help="for accuracy (default: val)")
     parser.add_argument(
         "--align",
-        choices=("group", "inner"),
+        choices=("group", "inner", "own"),
         default="group",
-        help="inner: leave residual streams whole (default: group)",
+        help="inner: leave residual streams whole; own: as HRank's authors, with --compress-rate "
+        "(default: group)",
     )
     parser.add_argument(
         "--min-width", type=positive, default=1, metavar="N", help="least channels of a layer"
@@ -256,6 +262,8 @@ def read_target(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     if args.macs or args.params:
         name = "macs" if args.macs else "params"
         return {name: read_amount(args.macs or args.params, f"--{name}", ("k", "M", "G"))}
+    if args.compress_rate:
+        return {"compress_rate": args.compress_rate}
     if args.latency:
         return {"budget": latency_budget(model, args.latency)}
     if not Path(args.rates).is_file():
@@ -324,7 +332,8 @@ def make_report(
     size = input_size_of(model)
     networks = {"full": model, "pruned": pruned.model}
     seconds = measure_latency(networks, size)
-    target = next(f"--{n} {v}" for n in ("macs", "params", "latency", "rates") if (v := getattr(args, n)))
+    targets = {"macs", "params", "latency", "rates", "compress_rate"}
+    target = next(f"--{n.replace('_', '-')} {v}" for n in sorted(targets) if (v := getattr(args, n)))
     return {
         "model": args.name,
         "weights": str(args.checkpoint) if args.checkpoint else args.weights or "pretrained",

@@ -63,17 +63,17 @@ class Ledger:
         elif isinstance(module, ChannelEquilibrium):
             self.widths[name] = (module.decorrelation.channels, 1)
         for leaf, parameter in module.named_parameters(recurse=False):
-            layer, powers = name, (1, 0)
+            layer, out_power, in_power = name, 1, 0
             if mixer:
-                layer, powers = mixer, (1, 0) if parameter.ndim > 1 else (0, 0)
+                layer, out_power = mixer, int(parameter.ndim > 1)
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                powers = (1, 1) if leaf == "weight" and not _is_depthwise(module) else (1, 0)
+                in_power = int(leaf == "weight" and not _is_depthwise(module))
             elif isinstance(module, ChannelEquilibrium):
-                powers = (0, 0)  # the gate between its branches
+                out_power = 0  # the gate between its branches
             else:
                 layer = f"{name}.{leaf}"  # of a norm, or of a block: masks name one or the other
                 self.widths[layer] = (parameter.numel(), 1)
-            self.entries["params"].append((parameter.numel(), layer, *powers))
+            self.entries["params"].append((parameter.numel(), layer, out_power, in_power))
 
     def __call__(self, what: str, masks: Masks) -> int:
         """The sum with the removed channels gone.

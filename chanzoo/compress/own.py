@@ -8,6 +8,7 @@ Their rank vectors, files ``rank_conv<id>.npy``, have the names of the sites her
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..models.hrank import keep_count
 from .scores import select
 from .sites import RankSite, _Part, _Trace, evaluating
 
-__all__ = ["Vector", "authors_vectors", "own_masks"]
+__all__ = ["Vector", "authors_vectors", "layer_masks", "own_masks"]
 
 
 @dataclass(frozen=True)
@@ -231,3 +233,55 @@ class _Flow(_Trace):
                 self.mark(output, parts)
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+# The first release: one layer at a time, zeros instead of slices.
+
+
+def layer_masks(variant: str, ranks: Mapping[str, Tensor], rates: Sequence[float]) -> list[dict[str, Tensor]]:
+    """Masks of the authors' first procedure: one layer after the other, in a network that keeps its size.
+
+    Args:
+        variant: One of the VGG, ResNet and DenseNet among the ``hrank_*`` networks.
+        ranks: The rank vectors by name, see :func:`authors_vectors`.
+        rates: One per vector, in order; those behind the last vector are not used.
+
+    Returns:
+        For each vector, names of parameters → which of their entries along the first axis stay. The mask of a
+        layer is held from its turn on.
+
+    Raises:
+        UsageError: There are too few rates, or no such masks of the network are known.
+
+    Source:
+        The authors' first code of arXiv:2002.10179, which trains after each layer.
+    """
+    vectors = authors_vectors(variant)
+    if variant not in _LAYERWISE:
+        raise UsageError(f"{variant} has no layer-by-layer masks; have: {', '.join(_LAYERWISE)}.")
+    if len(rates) < len(vectors):
+        raise UsageError(f"{len(rates)} rates: expected {len(vectors)}, one per rank vector of {variant}.")
+    found, carried = [], torch.ones(0, dtype=torch.bool)
+    for vector, rate in zip(vectors, rates, strict=False):
+        scores = ranks[vector.site.name]
+        stays = torch.zeros(len(scores), dtype=torch.bool)
+        stays[select(scores, keep_count(len(scores), rate, "v1"))] = True
+        masks = {}
+        for conv in vector.convs:
+            masks |= {f"{conv}.weight": stays, f"{conv}.bias": stays}
+            if "densenet" in variant:  # the norm that follows sees all that was put out before
+                is_start = vector.site.start == 0
+                carried = stays if is_start else torch.cat([carried, stays])
+                norm = vector.site.module.removesuffix("act") + "bn"
+                masks |= {f"{norm}.{leaf}": carried for leaf in ("weight", "bias")}
+            else:
+                norm = re.sub(r"conv(\d*)$", r"bn\1", conv).replace("downsample.0", "downsample.1")
+                masks |= {f"{norm}.{leaf}": stays for leaf in ("weight", "bias")}
+        found.append(masks)
+    return found
+
+
+_LAYERWISE = (
+    "hrank_cifar_vgg16_bn", "hrank_cifar_resnet56", "hrank_cifar_resnet110", "hrank_cifar_densenet40",
+    "hrank_resnet50",
+)  # fmt: skip

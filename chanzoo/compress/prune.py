@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..models.hrank import HRANK_NAMES, widths_of_rates
 from .cost import Ledger
-from .groups import Group, find_groups
-from .methods import METHODS, Evidence
+from .groups import Group, Slot, find_groups
+from .methods import METHODS, Evidence, Method
+from .own import authors_vectors, own_masks
 from .rank import collect_ranks
 from .scores import RankTable, keep_count, select
 from .surgery import Masks, check_same, masks_of, narrowed, tried, widths_of
@@ -79,6 +81,7 @@ def prune(
     macs: float | None = None,
     params: float | None = None,
     budget: Budget | None = None,
+    compress_rate: str | Sequence[float] | None = None,
     align: str = "group",
     min_width: int = 1,
     round_to: int = 1,
@@ -103,8 +106,11 @@ def prune(
         macs: Instead of rates, multiply-adds to reach: up to 1 a share of the full network's, else a count.
         params: Likewise, parameters.
         budget: Likewise, anything that can be counted or measured.
+        compress_rate: Instead of rates, a published list for one of the networks that HRank's authors
+            pruned, see :mod:`chanzoo.models.hrank`.
         align: ``"group"``: layers that add to one stream keep the same channels of it. ``"inner"``: such
-            streams stay whole.
+            streams stay whole. ``"own"``: each layer keeps its own, as the authors have it; only with
+            ``compress_rate``, and fine-tuning has to repair the sums.
         min_width: Least channels of a group, under a budget.
         round_to: Channels of a group are rounded to a multiple of this, where the group is larger.
         keep_head: Leave the features whole that the classifier gets.
@@ -123,16 +129,27 @@ def prune(
         Lin et al. 2020, arXiv:2002.10179, for one-shot pruning by rank and the counting of filters. One rate
         for all groups under a budget is ours: the authors chose rates by hand.
     """
-    _check_arguments({"rates": rates, "macs": macs, "params": params, "budget": budget}, min_width, round_to)
+    targets = {"rates": rates, "macs": macs, "params": params, "budget": budget}
+    _check_arguments({**targets, "compress_rate": compress_rate}, min_width, round_to)
     if method not in METHODS:
         raise UsageError(f'no method "{method}"; there are: {", ".join(METHODS)}.\n  {_NOTHING}')
     criterion = METHODS[method]
     if criterion.needs_data and loader is None and ranks is None:
         raise UsageError(f'method "{method}" looks at images: pass a loader.\n  {_NOTHING}')
     size = _input_size(model)[1:]
+    table = {} if compress_rate is None else _published(model, compress_rate)
+    if align == "own":
+        if not table:
+            raise UsageError(f'align="own" follows a published list: pass compress_rate.\n  {_NOTHING}')
+        if criterion.needs_data and ranks is None and loader is not None:
+            sites = [vector.site for vector in authors_vectors(_variant(model))]
+            ranks = collect_ranks(model, loader, sites, images, progress=progress, snapshot=snapshot)
+        return _prune_own(model, table, criterion, Evidence(ranks, seed))
     groups = prunable(model, size, align=align, keep_head=keep_head)
     free = [group for group in groups if not group.reason]
-    if rates is not None:
+    if table:
+        by_root, counts = _from_table(model, groups, table)
+    elif rates is not None:
         by_root = _by_root(free, rates)
         counts = keep_counts(free, by_root, round_to=round_to)
     else:
@@ -146,6 +163,78 @@ def prune(
     small = narrowed(model, masks)
     check_same(model, small, masks, size)
     return Pruned(small, widths_of(model, masks), kept, by_root, tuple(groups), ranks)
+
+
+def _variant(model: nn.Module) -> str:
+    name = _name(model)
+    return name if name in HRANK_NAMES.values() else HRANK_NAMES.get(name, "")
+
+
+def _published(model: nn.Module, compress_rate: str | Sequence[float]) -> dict[str, list[int]]:
+    """Widths by a published list, for a full network that has such lists."""
+    variant = _variant(model)
+    if not variant:
+        raise UsageError(
+            f"compress_rate: no such lists are known for {_name(model)}; for: {', '.join(HRANK_NAMES)}.\n"
+            f"  {_NOTHING}   Use rates, or a budget"
+        )
+    table = widths_of_rates(variant, compress_rate)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and name in table and table[name][0] > module.out_channels:
+            raise UsageError(
+                f'compress_rate: layer "{name}" has {module.out_channels} channels already, and '
+                f"{table[name][0]} would stay.\n  {_NOTHING}   Published lists are for the full network"
+            )
+    return table
+
+
+def _from_table(
+    model: nn.Module, groups: Sequence[Group], table: Mapping[str, list[int]]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Counts of the groups by a table of widths."""
+    counts: dict[str, int] = {}
+    for group in groups:
+        wanted = {conv: table[conv][0] if conv in table else group.channels for conv in group.convs}
+        cut = {conv: width for conv, width in wanted.items() if width < group.channels}
+        if cut and (group.reason or len(set(wanted.values())) > 1):
+            reason = group.reason or "layers that add to it keep other numbers of channels"
+            raise UsageError(
+                f'compress_rate cuts layer "{min(cut)}", which has to stay whole: {reason}.\n'
+                f'  {_NOTHING}   align="own" cuts it as the authors did'
+            )
+        if not group.reason:
+            counts[group.root] = min(wanted.values())
+    return {g.root: 1 - counts[g.root] / g.channels for g in groups if g.root in counts}, counts
+
+
+def _prune_own(
+    model: nn.Module,
+    table: Mapping[str, list[int]],
+    criterion: Method,
+    evidence: Evidence,
+) -> Pruned:
+    """Each convolution keeps its own filters."""
+    vectors = authors_vectors(_variant(model))
+    modules: dict[str, Any] = dict(model.named_modules())
+    scores: dict[str, Tensor] = {}
+    for vector in vectors:
+        if evidence.ranks is not None:
+            scores |= dict.fromkeys(vector.convs, evidence.ranks.mean(vector.site.name))
+    if evidence.ranks is None:
+        lone = []
+        for conv in (conv for vector in vectors for conv in vector.convs):
+            layer: Any = modules[conv]
+            every = torch.arange(layer.out_channels)
+            lone.append(Group(conv, layer.out_channels, (Slot(conv, "out", every, every),), (conv,)))
+        scores = criterion.score(model, lone, evidence)
+    first = next(model.parameters())
+    image = torch.zeros(1, *_input_size(model), device=first.device, dtype=first.dtype)
+    masks = own_masks(model, image, table, scores)
+    small = narrowed(model, masks)
+    kept = {name: mask.nonzero()[:, 0] for (name, axis), mask in masks.items() if axis == "out"}
+    kept = {name: indices for name, indices in kept.items() if isinstance(modules[name], nn.Conv2d)}
+    rates = {name: 1 - len(indices) / modules[name].out_channels for name, indices in kept.items()}
+    return Pruned(small, widths_of(model, masks), kept, rates, (), evidence.ranks)
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -184,7 +273,7 @@ def prunable(
         ChanzooError: Torch-Pruning is not installed.
     """
     if align not in ("group", "inner"):
-        raise UsageError(f'align="{align}": expected "group" or "inner".\n  {_NOTHING}')
+        raise UsageError(f'align="{align}": expected "group", "inner" or "own".\n  {_NOTHING}')
     groups = []
     for group in find_groups(model, size):
         reason = group.reason

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UsageError
 from ._sizes import CONVS, form_of, indivisible, is_depthwise, resize, sizes_of, stems_of
-from .decorrelation import BatchDecorrelation, block_size
+from .decorrelation import BatchDecorrelation
+from .equilibrium import ChannelEquilibrium
 
 UNTOUCHED = "The network is unchanged."
 
@@ -22,6 +23,9 @@ _TRIAL_SIZE = 64  # pixels
 
 # Where blocks and heads remember how many channels come in and go out, and what they agree with.
 _INPUTS, _OUTPUTS = ("in_channels", "in_chs", "in_features"), ("out_channels", "out_chs")
+
+# Layers that sort channels into groups of their own, of which there may be one, or one channel in each.
+_OWN_GROUPS = (BatchDecorrelation, ChannelEquilibrium)
 
 
 class MisfitError(Exception):
@@ -71,7 +75,7 @@ class Trial:
     Attributes:
         ghost: Consumed by the run.
         full: The run of the full network, which this one has to resemble.
-        outputs: Convolution → channels out. If given, each layer adapts to what it gets when its turn comes;
+        outputs: Convolution → channels out. If given, each layer adapts to what it gets when first called;
             else one that gets what it does not expect is a misfit.
         features: Channels of the features.
         hidden: Inputs of the classifier.
@@ -152,7 +156,7 @@ class Trial:
             x = args[0] if args and isinstance(args[0], Tensor) else None
             if x is None or x.dim() < 2:
                 return
-            if self.outputs is not None:
+            if self.outputs is not None and name not in self.channels:
                 self._adapt(name, module, x, self.outputs)
             self._check_input(name, module, x)
             self.channels[name] = (x.shape[1], 0)
@@ -177,11 +181,11 @@ class Trial:
             into = x.shape[1]
             out = into * old[0] // old[1] if is_depthwise(module) else outputs.get(name, old[0])
             new = [out, into]
-        elif isinstance(module, BatchDecorrelation):
-            new = [x.shape[1], block_size(x.shape[1], old[1])]
-        else:
+        elif len(old) == 1:
             before = self.full.channels.get(name, (0, 0))[0] if self.full else 0
-            new = [x.shape[1 if [before] == old else -1]] if old else []
+            new = [x.shape[1 if [before] == old else -1]]
+        else:
+            return
         if new == old:
             return
         if problem := indivisible(module, new):
@@ -229,12 +233,14 @@ class _Stretches(TorchDispatchMode):
         self.trial = trial
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, module = self.trial._running[-1] if self.trial._running else ("", self.trial.ghost)
         if (
             func.overloadpacket in self._OPS
+            and not isinstance(module, _OWN_GROUPS)
             and len(args) > 1
             and all(isinstance(a, Tensor) for a in args[:2])
         ):
             a, b = (t.shape[::-1] for t in args[:2])
             axes = tuple(i for i, (m, n) in enumerate(zip(a, b, strict=False)) if (m == 1) != (n == 1))
-            self.trial.stretches.append((self.trial._running[-1][0] if self.trial._running else "", axes))
+            self.trial.stretches.append((name, axes))
         return func(*args, **(kwargs or {}))

@@ -7,8 +7,8 @@ listed. Sizes say nothing about which channels were kept: that is in the weights
 
 What the network remembers about its widths besides its tensors follows: groups of depthwise convolutions,
 ``num_features``, ``feature_info`` and their kind. A module that keeps more than that, such as a shortcut that
-pads, says so by a method ``follow_widths()``, which is called on it when layers inside have been narrowed. A table
-is tried out on a copy without memory first.
+pads, has a method ``follow_widths()``, which is called when layers inside have been narrowed. A table is
+tried out on a copy without memory first.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def fill_widths(model: nn.Module, outputs: Mapping[str, int]) -> dict[str, list[
     """Complete a table of widths from the outputs of some convolutions.
 
     The network is run without memory, and each layer adapts to the channels that it gets when its turn comes:
-    inputs, norms, depthwise convolutions, the classifier. Outputs that are not given stay.
+    inputs, norms, depthwise convolutions, the classifier. Outputs that are not given stay. Layers of Channel
+    Equilibrium do not adapt.
 
     Args:
         model: A CNN that keeps timm's model contract; not changed.
@@ -173,10 +174,12 @@ def fill_widths(model: nn.Module, outputs: Mapping[str, int]) -> dict[str, list[
     full, size = first_trial(model)
     ghost = ghost_of(model)
     _follow(ghost)
+    narrow = Trial(ghost, full, outputs)
     try:
-        Trial(ghost, full, outputs).run(size)
+        narrow.run(size)
     except MisfitError as error:
         raise UsageError(f"the widths do not fit together: {error}\n  {UNTOUCHED}") from error
+    _keep_books(ghost, full, narrow)
     return read_widths(ghost, model)
 
 

@@ -16,13 +16,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from timm.models import generate_default_cfgs, model_entrypoint, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..layers.masking import hold_masks
 from ..layers.narrow import fill_widths
+from ..store import parse_tensors
 from ._build import arch_cfgs, build, cifar_cfg, imagenet_cfg
 from .narrow import features_of, narrowed, read_table, record_args, refuse_path, without_memory
 
@@ -294,7 +297,8 @@ def short_widths(variant: str, widths: dict[str, list[int]]) -> dict[str, Any]:
         Name of a convolution → outputs, which is a table for these networks too; or the table as it came.
     """
     full = full_network(variant)
-    convs = {name: m.out_channels for name, m in full.named_modules() if isinstance(m, nn.Conv2d)}
+    plain = [(n, m) for n, m in full.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    convs = {name: conv.out_channels for name, conv in plain}
     outputs = {name: sizes[0] for name, sizes in widths.items() if convs.get(name, sizes[0]) != sizes[0]}
     try:
         return outputs if fill_widths(full, outputs) == widths else widths
@@ -333,16 +337,42 @@ def _network(variant: str, widths: Any = None, compress_rate: Any = None, **kwar
 
 
 def _create(
-    variant: str, pretrained: bool, widths: Any = None, compress_rate: Any = None, **kwargs: Any
+    variant: str,
+    pretrained: bool,
+    widths: Any = None,
+    compress_rate: Any = None,
+    masks: str | Path | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
-    refuse_path((kwargs.get("pretrained_model_args") or {}).get("widths"))
+    saved_args = kwargs.get("pretrained_model_args") or {}
+    refuse_path(saved_args.get("widths"))
+    if "masks" in saved_args:
+        raise UsageError(
+            f"masks={masks!r}: a saved network has its zeros, and no file of masks.\n  {_NOTHING}"
+        )
     table = _read(variant, widths, compress_rate)
     if kwargs.get("features_only"):
         kwargs = {**features_of(_NETS[variant].base), **kwargs}
     model = build(partial(_network, variant), variant, pretrained, widths=table, **kwargs)
-    args = {"widths": table} if compress_rate is None else {"compress_rate": compress_rate}
-    record_args(model, args, widths)
+    made_from = {"widths": None if widths is None else table, "compress_rate": compress_rate}
+    record_args(model, {key: value for key, value in made_from.items() if value is not None}, widths)
+    if masks is not None:
+        hold_masks(model, _read_masks(masks))
+        model.register_state_dict_pre_hook(_forget_masks)
     return model
+
+
+def _forget_masks(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before weights are saved: the zeros are in them, and the file of masks is this machine's."""
+    args: Any = getattr(model, "_model_args", {})
+    model._model_args = {k: v for k, v in args.items() if k != "masks"}  # pyright: ignore[reportArgumentType]
+
+
+def _read_masks(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return parse_tensors(Path(path).read_bytes(), Path(path))
+    except OSError as error:
+        raise UsageError(f'cannot read the masks "{path}": {error.strerror}.\n  {_NOTHING}') from error
 
 
 default_cfgs = generate_default_cfgs(

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import find_cases, main, run_case  # a script, not a package
 
 HERE = Path(__file__).parent
-FOLDERS = {"ce": 18, "hrank": 10}  # how many cases each holds
+FOLDERS = {"ce": 18, "hrank": 25}  # how many cases each holds
 SLOW = {"slim_widths_a"}
 CASES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])

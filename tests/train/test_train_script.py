@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file
 
 from chanzoo.recipes.check import recipe_path
@@ -101,3 +104,49 @@ def test_queue_runner_resumes_after_a_kill_and_files_what_it_measured(
         str(t.dtype) in ("torch.float16", "torch.int64")
         for t in load_file(folder / "model.safetensors").values()
     )
+
+
+def test_a_pruned_network_is_fine_tuned_by_the_command_that_prune_prints(
+    timm_repo: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "narrow"
+    options = ("--macs", "0.5x", "--images", "16", "--recalibrate", "32", "--no-plots")
+    prune = [sys.executable, "-m", "chanzoo", "prune", "cifar_resnet20.c10j", "--data", str(image_folder)]
+    env = {**os.environ, "TIMM_REPO": str(timm_repo), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*prune, *options, "-o", str(out)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = (out / "finetune.txt").read_text().strip()
+    command = command.replace("python -P", f"{sys.executable} -P") if sys.version_info >= (3, 11) else command
+    command += (
+        f" --epochs 1 --lr 1e-12 --output {tmp_path} --experiment tuned --workers 0 --no-prefetcher -b 16"
+    )
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    args = yaml.safe_load((tmp_path / "tuned" / "args.yaml").read_text())
+    assert args["model"] == f"local-dir:{out}" and args["pretrained"] is True
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        saved = torch.load(tmp_path / "tuned" / "last.pth.tar", weights_only=True)["state_dict"]
+    start = load_file(out / "model.safetensors")
+    weights = [key for key, value in start.items() if value.ndim > 1]
+    assert saved.keys() == start.keys() and all(
+        torch.allclose(saved[key], start[key], atol=1e-6) for key in weights
+    )
+
+
+def test_layers_are_masked_one_after_the_other(timm_repo: Path, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layers"
+    command = [sys.executable, str(ROOT / "scripts" / "train_layerwise.py"), "cifar_resnet56", "-o", str(out)]
+    command += ["--no-pretrained", "--data", str(image_folder), "--rates", "[0.25]+[0.5]*54", "--images", "8"]
+    command += ["--epochs", "1", "--device", "cpu", "--workers", "0", "--no-prefetcher", "--layers"]
+    env = {**os.environ, "TIMM_REPO": str(timm_repo), "OMP_NUM_THREADS": "1"}
+    for layers in ("1", "2"):  # the second run finds the first layer done
+        run = subprocess.run([*command, layers], capture_output=True, text=True, env=env)
+        assert run.returncode == 0, run.stderr[-3000:]
+    first = (out / "layer1" / "run" / "summary.csv").stat().st_mtime_ns
+    assert first < (out / "layer2" / "masks.safetensors").stat().st_mtime_ns
+    state = load_file(out / "final" / "model.safetensors")
+    zeros = {
+        name: int((state[f"{name}.weight"].flatten(1).abs().sum(1) == 0).sum())
+        for name in ("conv1", "layer1.0.conv1", "layer1.0.conv2")
+    }
+    assert zeros == {"conv1": 4, "layer1.0.conv1": 8, "layer1.0.conv2": 0}

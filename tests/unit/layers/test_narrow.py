@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chanzoo.errors import UsageError
 from chanzoo.layers import ChannelEquilibrium
-from chanzoo.layers.narrow import apply_widths, check_cnn, read_widths
+from chanzoo.layers.narrow import apply_widths, check_cnn, fill_widths, read_widths
 
 
 class Net(nn.Module):
@@ -332,3 +332,94 @@ def test_mixed_kernels_and_blurred_pooling() -> None:
         {"layer2.0.conv1": [64, 64], "layer2.0.bn1": [64], "layer2.0.conv2": [128, 64]},
         size=64,
     )
+
+
+class Padded(nn.Module):
+    """Keeps more than tensors: how many channels its shortcut pads."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.follow_widths()
+
+    def follow_widths(self) -> None:
+        self.more = self.conv.out_channels - self.conv.in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + nn.functional.pad(x, (0, 0, 0, 0, 0, self.more))
+
+
+def test_blocks_that_say_how_they_follow() -> None:
+    model = Net(Padded(8), nn.Conv2d(8, 8, 1))
+    widths = {"stem": [4, 3], "body.0.conv": [6, 4], "body.1": [8, 6]}
+    check(model, widths)
+    assert fill_widths(model, {"stem": 4, "body.0.conv": 6}) == widths
+    apply_widths(model, widths)
+    assert model.body[0].more == 2
+
+
+def test_the_rest_of_a_table_follows_from_the_outputs() -> None:
+    model = Net(
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 3, groups=8),
+        LayerNorm2d(16),
+        Residual(nn.Conv2d(16, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 1)),
+        features=16,
+    )
+    table = fill_widths(model, {"stem": 6, "body.3.branch.0": 8, "body.3.branch.2": 12})
+    assert table == {
+        "stem": [6, 3],
+        "body.0": [6],
+        "body.1": [12, 6],
+        "body.2": [12],
+        "body.3.branch.0": [8, 12],
+        "body.3.branch.1": [8],
+        "body.3.branch.2": [12, 8],
+        "fc": [5, 12],
+    }
+    check(model, table)
+    assert fill_widths(model, {}) == {} == fill_widths(model, {"stem": 8})
+    assert model.stem.out_channels == 8
+
+
+def test_the_rest_of_a_table_with_pooling_side_by_side() -> None:
+    model = timm.create_model("resnet10t", global_pool="catavgmax", num_classes=5)
+    table = fill_widths(model, {"layer4.0.conv2": 96, "layer4.0.downsample.1": 96})
+    assert table["fc"] == [5, 96]
+    check(model, table, size=64)
+
+
+def test_equilibrium_needs_a_whole_table() -> None:
+    model = Net(nn.Conv2d(8, 16, 1), ChannelEquilibrium(16), features=16)
+    with pytest.raises(UsageError, match=r'layer "body\.1" \(ChannelEquilibrium\) does not run'):
+        fill_widths(model, {"body.0": 12})
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        ({"body.3.branch.2": 8}, 'layer "body.3" (Residual) does not run'),
+        ({"body.3.branch.2": 1}, 'layer "body.3" combines maps of one channel'),
+        ({"body.3.branch.0": 6}, 'layer "body.3.branch.1" (GroupNorm) would have widths [6]: num_groups=4'),
+        ({"body.9": 6}, 'net has no convolution "body.9" with outputs of its own'),
+        ({"body.0": 6}, 'no convolution "body.0"'),
+        ({"body.1": 6}, 'no convolution "body.1" with outputs of its own'),
+        ({"stem": 9}, 'layer "stem" cannot put out 9 channels: expected 1 to 8'),
+        ({"stem": 0}, "cannot put out 0 channels"),
+        ({"stem": True}, "cannot put out True channels"),
+        ({"stem": 4.0}, "cannot put out 4.0 channels"),
+    ],
+)
+def test_outputs_that_cannot_be(outputs: Any, words: str) -> None:
+    model = Net(
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 3, groups=8),
+        LayerNorm2d(16),
+        Residual(nn.Conv2d(16, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 1)),
+        features=16,
+    )
+    before = repr(model)
+    with pytest.raises(UsageError) as caught:
+        fill_widths(model, outputs)
+    assert words in str(caught.value) and str(caught.value).endswith("The network is unchanged.")
+    assert repr(model) == before

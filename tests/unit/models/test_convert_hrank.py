@@ -1,4 +1,4 @@
-"""The HRank authors' checkpoints: slim and full-size ones come back as folders, odd ones are refused by name."""
+"""The HRank authors' checkpoints: slim and full-size ones become folders, odd ones are refused by name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from chanzoo.models.hrank_authors import AUTHORS_NETS, find_variant, from_author
 
 CASES = Path(__file__).parents[2] / "parity" / "hrank"
 State = dict[str, Tensor]
-SLOW = ("resnet_50", "mobilenet_v1", "mobilenet_v2", "googlenet", "resnet_110")
-SLIM = [pytest.param(net, marks=pytest.mark.slow if net in SLOW else []) for net in AUTHORS_NETS]
+FAST = ("vgg_16_bn", "densenet_40")
+SLIM = [pytest.param(net, marks=[] if net in FAST else pytest.mark.slow) for net in AUTHORS_NETS]
 
 
 def state_of(net: str) -> State:
@@ -71,7 +71,7 @@ def test_a_checkpoint_with_zeros_stays_whole(tmp_path: Path, capsys: pytest.Capt
     state["dense1.0.conv1.weight"][:5] = 0
     torch.save({"state_dict": state}, tmp_path / "v1.pt")
     assert main([str(tmp_path / "v1.pt"), str(tmp_path / "out")]) == 0
-    assert "5 of 648 filters are zero" in capsys.readouterr().err
+    assert "5 of 936 filters are zero" in capsys.readouterr().err
     assert "widths" not in json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
     assert all(torch.equal(again[k], v) for k, v in from_authors(state, "hrank_cifar_densenet40").items())
@@ -100,27 +100,31 @@ def refused(state: State) -> str:
     return str(caught.value)
 
 
+def without(state: State, name: str) -> State:
+    return {key: value for key, value in state.items() if not key.startswith(name)}
+
+
 def test_what_is_refused() -> None:
-    state = state_of("resnet_56")
-    assert "the nearest is hrank_cifar_resnet56" in refused(
-        {k: v for k, v in state.items() if "fc." not in k}
+    state, name = state_of("vgg_16_bn"), "hrank_cifar_vgg16_bn"
+    assert f"the nearest is {name}.\n  missing     classifier.norm1\n" in refused(
+        without(state, "classifier.norm1")
     )
     assert "unexpected  head" in refused(change(state, **{"head.weight": torch.zeros(1)}))
-    assert '"conv1.alpha" is no entry of hrank_cifar_resnet56' in refused(
-        change(state, **{"conv1.alpha": torch.zeros(1)})
+    assert refused(without(state, "features.norm1.bias")) == f'"stage1.1.bn.bias" of {name} is missing.'
+    assert refused(without(state, "features.conv1.weight")) == f'"stage1.1.conv.weight" of {name} is missing.'
+    key = "features.conv0.weight"
+    assert "cannot put out 70 channels: expected 1 to 64" in refused(
+        change(state, **{key: state[key][:1].repeat(70, 1, 1, 1)})
     )
-    gone = {key: value for key, value in state.items() if key != "layer2.1.bn1.bias"}
-    assert refused(gone) == '"layer2.1.bn1.bias" of hrank_cifar_resnet56 is missing.'
-    gone = {key: value for key, value in state.items() if key != "layer2.1.conv1.weight"}
-    assert "layers" in refused(gone)
-    weight = state["layer1.0.conv1.weight"]
-    assert "cannot put out 40 channels: expected 1 to 16" in refused(
-        change(state, **{"layer1.0.conv1.weight": weight[:1].repeat(40, 1, 1, 1)})
+    alpha = change(state, **{"features.conv0.alpha": torch.zeros(1)})
+    assert refused(alpha) == f'"stage1.0.conv.alpha" is no entry of {name}.'
+    short, nan = torch.ones(3), torch.full((50,), torch.nan)
+    assert refused(change(state, **{"features.norm0.weight": short})) == (
+        '"stage1.0.bn.weight" does not fit the other tensors\n  expected  [50]\n  found     [3]'
     )
-    assert refused(change(state, **{"bn1.weight": torch.ones(3)})) == (
-        '"bn1.weight" does not fit the other tensors\n  expected  [16]\n  found     [3]'
-    )
-    assert '"bn1.bias" holds infinity' in refused(change(state, **{"bn1.bias": torch.full((16,), torch.nan)}))
+    assert '"stage1.0.bn.bias" holds infinity' in refused(change(state, **{"features.norm0.bias": nan}))
+    with pytest.raises(UsageError, match=r'"head\.weight" is no entry of'):
+        from_authors({"head.weight": short}, name)
 
 
 @pytest.mark.slow

@@ -16,8 +16,10 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from chanzoo.errors import NoWeightsError, UsageError
-from chanzoo.layers.narrow import read_widths
+from chanzoo.layers.narrow import apply_widths, fill_widths, read_widths
 from chanzoo.models import check_folder
+from chanzoo.models.ce_resnet import CECifarResNet
+from chanzoo.models.cifar_resnet import CifarResNet
 from chanzoo.models.narrow import read_table
 
 Widths = dict[str, list[int]]
@@ -230,6 +232,16 @@ def vgg(model: nn.Module) -> Widths:
     return plan.table
 
 
+def cifar(outputs: Callable[[int], int]) -> Callable[[Any], Widths]:
+    """Every convolution by a rule, the rest follows."""
+
+    def rule(model: nn.Module) -> Widths:
+        convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        return fill_widths(model, {name: outputs(conv.out_channels) for name, conv in convs.items()})
+
+    return rule
+
+
 slow = pytest.mark.slow
 RULES: dict[str, Callable[[Any], Widths]] = {
     "resnet18": resnet,
@@ -243,8 +255,12 @@ RULES: dict[str, Callable[[Any], Widths]] = {
     "convnext_atto": convnext,
     "regnety_004": regnet,
     "vgg11_bn": vgg,
+    "cifar_vgg16_bn": cifar(lambda n: n * 3 // 4),
+    "cifar_resnet20": cifar(lambda n: n * 3 // 4 + 1),  # streams too: 13, 25, 49
+    "cifar_densenet40": cifar(lambda n: n * 3 // 4),
+    "cifar_googlenet": cifar(lambda n: n * 3 // 4),
 }
-FAST = ("resnet18", "mobilenetv2_100", "convnext_atto")
+FAST = ("resnet18", "mobilenetv2_100", "convnext_atto", "cifar_resnet20", "cifar_vgg16_bn")
 FAMILIES = [pytest.param(name, marks=[] if name in FAST else slow) for name in RULES]
 
 
@@ -261,12 +277,16 @@ def run(model: nn.Module, channels: int = 3) -> Tensor:
         return model(torch.randn(2, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def stir(model: nn.Module) -> None:
     """Weights of no special values, so that nothing comes back by chance."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.mul_(1 + torch.rand_like(tensor) / 32).add_(1 / 64 if tensor.dim() == 1 else 0)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    stir(model)
     save_for_hf(model, str(folder), safe_serialization=True)
 
 
@@ -519,6 +539,33 @@ def test_a_hostile_config_is_refused(tmp_path: Path, args: dict[str, Any], words
     with pytest.raises(UsageError) as caught:
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert words in str(caught.value) and str(caught.value).endswith("No network was built.")
+
+
+CIFAR_WIDTHS = [14, 12, 25, 40, *(8, 16, 5), *(17, 32, 30), *(64, 33, 2)]  # stem, stages, inner
+
+
+@pytest.mark.parametrize("make", [CifarResNet, CECifarResNet])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_shortcuts_without_parameters_follow(make: type[CifarResNet], shortcut: str) -> None:
+    widths = CIFAR_WIDTHS if shortcut == "A" else [16, 16, *CIFAR_WIDTHS[2:]]  # B has a projection otherwise
+    small = make(20, widths=widths, shortcut=shortcut).eval()
+    stir(small)
+    into = make(20, shortcut=shortcut).eval()
+    apply_widths(into, read_widths(small, into))
+    into.load_state_dict(small.state_dict())
+    assert torch.equal(run(into), run(small))
+    assert repr(into) == repr(small)
+
+
+def test_a_narrow_cnn_of_cifar_streams_comes_back(tmp_path: Path) -> None:
+    small = CifarResNet(20, widths=CIFAR_WIDTHS)
+    table = read_widths(small, CifarResNet(20))
+    model: Any = narrow("cifar_resnet20", widths=table)
+    assert model.num_features == 40
+    assert [info["num_chs"] for info in model.feature_info] == [14, 12, 25, 40]
+    save(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(run(again), run(model))
 
 
 def test_a_saved_dwarf_of_a_giant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

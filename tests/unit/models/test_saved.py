@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.models import save_for_hf
 
 from chanzoo.errors import UsageError, WeightsRejectedError
 from chanzoo.models import check_folder
-from chanzoo.models._saved import sha256_note
+from chanzoo.models._saved import allowance, sha256_note
 from chanzoo.store import file_sha256
 
 WIDTHS = [4, 4, 6, 8, *[3] * 9]
@@ -187,3 +188,27 @@ def test_a_folder_of_timms_networks_is_checked_too(tmp_path: Path) -> None:
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"A saved network is a folder with config\.json"):
         check_folder(tmp_path)
+
+
+def test_allowances() -> None:
+    with allowance(100, 10), pytest.raises(ValueError, match="more than 100 parameters"):
+        torch.nn.Linear(10, 10)
+    with allowance(1000, 3), pytest.raises(ValueError, match="more than 3 modules"):
+        torch.nn.Sequential(*(torch.nn.Identity() for _ in range(4)))
+    torch.nn.Linear(10, 10)
+
+
+def test_an_inner_allowance_is_not_charged_to_the_outer_one() -> None:
+    with allowance(200, 10):
+        torch.nn.Linear(10, 10)
+        with allowance(1000, 10):
+            torch.nn.Linear(20, 20)
+            with pytest.raises(ValueError, match="more than 1,000 parameters"):
+                torch.nn.Linear(30, 30)
+        with pytest.raises(ValueError, match="more than 200 parameters"):
+            torch.nn.Linear(10, 10)
+
+
+def test_an_allowance_is_one_threads_own() -> None:
+    with ThreadPoolExecutor(1) as pool, allowance(100, 10):
+        assert pool.submit(torch.nn.Linear, 20, 20).result().out_features == 20
