@@ -228,3 +228,25 @@ def test_wrong_number_of_classes_is_known_before_any_work(cli, both: Path, tmp_p
     arguments = ("--weights", "none", "--num-classes", "3", "--macs", "0.5x", "--data", both)
     done = cli("prune", "cifar_resnet20", *arguments, "-o", tmp_path / "out")
     assert done.code == 2 and "3 outputs" in done.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50", "mobilenetv2_100", "densenet121", "efficientnet_b0", "convnext_atto", "ce_resnet50"],
+)
+def test_families_come_back_by_name(cli, tmp_path: Path, name: str) -> None:
+    """Every one is compared with the full network and with what comes back, bit by bit, before it is kept."""
+    out = tmp_path / "out"
+    options = ("--weights", "none", "--num-classes", "5", "--method", "l1", "--macs", "0.5x", "--no-plots")
+    done = cli("prune", name, *options, "-o", out, "--format", "json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    model = load(out)
+    size = model.pretrained_cfg["input_size"]
+    assert chanzoo.count_macs(model, size) == report["macs"]["pruned"] <= report["macs"]["full"] / 2
+    features = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert features.feature_info.channels() == [maps.shape[1] for maps in features(x)]
+    model.reset_classifier(2)
+    assert model(x).shape == (1, 2)
