@@ -95,7 +95,8 @@ def prune(
     """Remove channels from a CNN of timm or ours.
 
     The full network is not changed. The narrow one has been compared with it: in evaluation it computes the
-    same as the full one with nothing reading the removed channels.
+    same as the full one with nothing reading the removed channels (but for ``align="own"``, which adds
+    other channels to one another).
 
     Args:
         model: Any CNN with timm's model contract.

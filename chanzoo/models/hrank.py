@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers.masking import hold_masks
-from ..layers.narrow import fill_widths
+from ..layers.narrow import fill_widths, read_widths
 from ..store import parse_tensors
 from ._build import arch_cfgs, build, cifar_cfg, imagenet_cfg
 from .narrow import features_of, narrowed, read_table, record_args, refuse_path, without_memory
@@ -350,12 +350,17 @@ def _create(
         raise UsageError(
             f"masks={masks!r}: a saved network has its zeros, and no file of masks.\n  {_NOTHING}"
         )
-    table = _read(variant, widths, compress_rate)
+    given = {"widths": _read(variant, widths, compress_rate)}
+    if widths is None and compress_rate is None:
+        given = {}  # the full network, or the widths of a row of the table of weights
     if kwargs.get("features_only"):
         kwargs = {**features_of(_NETS[variant].base), **kwargs}
-    model = build(partial(_network, variant), variant, pretrained, widths=table, **kwargs)
-    made_from = {"widths": None if widths is None else table, "compress_rate": compress_rate}
-    record_args(model, {key: value for key, value in made_from.items() if value is not None}, widths)
+    model = build(partial(_network, variant), variant, pretrained, **given, **kwargs)
+    made_from: dict[str, Any] = {"compress_rate": compress_rate} if compress_rate is not None else given
+    if not given and not kwargs.get("features_only"):
+        found = short_widths(variant, read_widths(model, full_network(variant)))
+        made_from = {"widths": found} if found else {}
+    record_args(model, made_from, widths)
     if masks is not None:
         hold_masks(model, _read_masks(masks))
         model.register_state_dict_pre_hook(_forget_masks)

@@ -515,6 +515,6 @@ def test_stop_leaves_nothing_behind() -> None:
         assert fault.reached.wait(30)
         hub.stop()
         asked.exception(30)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # threads of earlier tests may have ended since
     hub.stop()
     Hub().stop()
