@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ChannelEquilibrium
+from .groups import is_depthwise
 from .surgery import Masks
 
 __all__ = ["Ledger"]
@@ -44,7 +45,7 @@ class Ledger:
             module = modules.get(name)
             parts: list[tuple[int, int, int]] = []  # amount, powers
             if isinstance(module, nn.Conv2d):
-                parts = [(macs, 1, 0 if _is_depthwise(module) else 1)]
+                parts = [(macs, 1, 0 if is_depthwise(module) else 1)]
             elif isinstance(module, nn.Linear):
                 parts = [(macs, 1, 1)]
             elif isinstance(module, ChannelEquilibrium):
@@ -67,7 +68,7 @@ class Ledger:
             if mixer:
                 layer, out_power = mixer, int(parameter.ndim > 1)
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                in_power = int(leaf == "weight" and not _is_depthwise(module))
+                in_power = int(leaf == "weight" and not is_depthwise(module))
             elif isinstance(module, ChannelEquilibrium):
                 out_power = 0  # the gate between its branches
             else:
@@ -91,7 +92,3 @@ class Ledger:
             stays = new_out**out_power * kept.get((layer, "in"), into) ** in_power
             total += amount * stays // (out**out_power * into**in_power)
         return total
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ChanzooError, UsageError
 from ..layers import ChannelEquilibrium
 
-__all__ = ["Group", "Slot", "find_groups", "require_torch_pruning"]
+__all__ = ["Group", "Slot", "find_groups", "is_depthwise", "require_torch_pruning"]
 
 _JOINT_NORMS = ("LayerNorm", "GroupNorm", "RmsNorm", "GlobalResponseNorm", "LocalResponseNorm")
 
@@ -176,7 +176,7 @@ def _read(
     for slot in slots:
         module = modules.get(slot.name)
         split = _split(module, slot.axis)
-        if isinstance(module, nn.Conv2d) and slot.axis == "out" and not _follows(module):
+        if isinstance(module, nn.Conv2d) and slot.axis == "out" and not is_depthwise(module):
             if slot.name not in single:
                 convs.append(slot.name)
             if len(slot.index) != module.out_channels:
@@ -216,16 +216,18 @@ def _heads(model: Any) -> list[nn.Module]:
     return list(head) if isinstance(head, (tuple, list)) else [head]
 
 
-def _follows(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is depthwise: it has the channels that it gets."""
-    return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution of each channel for itself: it puts out the channels that it gets."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.groups == module.in_channels == module.out_channels > 1
 
 
 def _split(module: nn.Module | None, axis: str) -> int:
     """Into how many groups a module divides its channels."""
     if isinstance(module, ChannelEquilibrium):
         return module.decorrelation.groups
-    if isinstance(module, nn.Conv2d) and not _follows(module):
+    if isinstance(module, nn.Conv2d) and not is_depthwise(module):
         return module.groups
     return 1
 

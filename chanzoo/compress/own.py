@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..models.hrank import keep_count
+from .groups import is_depthwise
 from .scores import select
 from .sites import RankSite, _Part, _Trace, evaluating
 
@@ -186,7 +187,7 @@ def own_masks(
     masks = {(name, "out"): mask for name, mask in kept.items()}
     for name, parts in flow.inputs.items():
         module: Any = modules[name]
-        axis = "in" if isinstance(module, (nn.Conv2d, nn.Linear)) and not _is_depthwise(module) else "out"
+        axis = "in" if isinstance(module, (nn.Conv2d, nn.Linear)) and not is_depthwise(module) else "out"
         length = getattr(module, "in_channels", 0) or getattr(module, "in_features", 0)
         length = length or getattr(module, "num_features", 0)
         last = {}
@@ -199,10 +200,6 @@ def own_masks(
         if not mask.all():
             masks[name, axis] = mask
     return masks
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
 
 
 class _Flow(_Trace):
@@ -225,7 +222,7 @@ class _Flow(_Trace):
         def after(_module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
                 return
-            if isinstance(module, nn.Conv2d) and not _is_depthwise(module):
+            if isinstance(module, nn.Conv2d) and not is_depthwise(module):
                 self.order[name] = len(self.order)
                 self.mark(output, (_Part(name, 0, module.out_channels),))
             elif (is_leaf or is_layer) and output.shape[:2] == args[0].shape[:2]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..layers import ChannelEquilibrium
 from ..layers.narrow import apply_widths
-from .groups import Group
+from .groups import Group, is_depthwise
 
 __all__ = ["Masks", "check_same", "masks_of", "narrowed", "sliced_state", "tried", "widths_of", "zeroed"]
 
@@ -76,7 +76,7 @@ def widths_of(model: nn.Module, masks: Masks) -> dict[str, list[int]]:
             int(m.sum()) if (m := masks.get((name, axis))) is not None else 0 for axis in ("out", "in")
         )
         if isinstance(module, nn.Conv2d):
-            depthwise = _is_depthwise(module)
+            depthwise = is_depthwise(module)
             widths[name] = [out or module.out_channels, out if depthwise else into or module.in_channels]
         elif isinstance(module, nn.Linear):
             widths[name] = [out or module.out_features, into or module.in_features]
@@ -115,10 +115,6 @@ def sliced_state(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     return state
 
 
-def _is_depthwise(conv: nn.Conv2d) -> bool:
-    return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
-
-
 def _take(tensor: Tensor, mask: Tensor) -> Tensor:
     """A tensor with one axis of channels, or none (a counter)."""
     axis = next((i for i, n in enumerate(tensor.shape) if n == len(mask)), None)
@@ -127,7 +123,7 @@ def _take(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def _slice_conv(conv: nn.Conv2d, weight: Tensor, out: Tensor | None, into: Tensor | None) -> Tensor:
     out = torch.ones(conv.out_channels, dtype=torch.bool) if out is None else out
-    if _is_depthwise(conv):
+    if is_depthwise(conv):
         return weight[out]
     into = torch.ones(conv.in_channels, dtype=torch.bool) if into is None else into
     rows = weight.chunk(conv.groups)

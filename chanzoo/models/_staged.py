@@ -2,12 +2,11 @@
 
 # No postponed annotations here: scripting needs the type of forward's argument, not its name.
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, get_device_dtype
+from timm.layers import SelectAdaptivePool2d, get_act_layer, get_device_dtype, get_norm_layer
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
@@ -51,7 +50,7 @@ class ConvBlock(nn.Module):
 
 
 class StagedNet(nn.Module):
-    """Network of stages that follows timm's model contract; a subclass makes the layers and calls the end.
+    """Network of stages that follows timm's model contract; a subclass makes the layers.
 
     Attributes:
         stage1: First of up to five stages; each but the first begins with a layer that halves the maps.
@@ -60,22 +59,40 @@ class StagedNet(nn.Module):
         fc: The classifier.
     """
 
-    def _end(
+    hidden = 0  # outputs of the hidden layer; 0 for none
+
+    def __init__(
         self,
-        stages: Sequence[nn.Module],
-        channels: Sequence[int],
-        pre_logits: nn.Module,
-        num_classes: int,
-        in_chans: int,
-        global_pool: str,
-        drop_rate: float,
-        place: dict[str, Any],
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        act_layer: str | type[nn.Module] = "relu",
+        norm_layer: str | type[nn.Module] = "batchnorm2d",
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        """Take the layers and add the rest; each stage after the first halves the maps."""
+        """Build the network.
+
+        Args:
+            num_classes: Outputs; 0 for no classifier.
+            in_chans: Channels of the image.
+            global_pool: Pooling before the classifier; empty for none, which leaves the outputs maps.
+            drop_rate: Dropout before the classifier.
+            act_layer: Activation, by timm's name or class.
+            norm_layer: Norm, by timm's name or class.
+            device: Where to create parameters and buffers.
+            dtype: Type of parameters and buffers.
+        """
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        act: Any = get_act_layer(act_layer)
+        norm: Any = get_norm_layer(norm_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        stages, channels = self._layers(in_chans, act, norm, place)
         self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=n, reduction=2**i, module=f"stage{i + 1}") for i, n in enumerate(channels)
         ]
@@ -83,11 +100,22 @@ class StagedNet(nn.Module):
         self.stage1, self.stage2, self.stage3, self.stage4, self.stage5 = [*stages, *none]
         self.num_features: int = channels[-1]
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        self.pre_logits = pre_logits
+        pooled = self.num_features * self.global_pool.feat_mult()
+        # A 1×1 convolution is a linear layer that also takes maps that were not pooled.
+        self.pre_logits = (
+            ConvBlock(pooled, self.hidden, 1, act, norm, **place) if self.hidden else nn.Identity()
+        )
         self.head_hidden_size: int = self._hidden_size()
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **place) if num_classes > 0 else nn.Identity()
         self.init_weights()
+
+    @torch.jit.ignore()
+    def _layers(
+        self, in_chans: int, act: Any, norm: Any, place: dict[str, Any]
+    ) -> tuple[list[nn.Module], list[int]]:
+        """The stages, and how many channels each puts out."""
+        raise NotImplementedError
 
     @torch.jit.ignore()
     def _hidden_size(self) -> int:

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -62,54 +61,30 @@ class CifarDenseNet(StagedNet):
         arXiv:1608.06993.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        act_layer: str | type[nn.Module] = "relu",
-        norm_layer: str | type[nn.Module] = "batchnorm2d",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        """Build the network.
-
-        Args:
-            num_classes: Outputs; 0 for no classifier.
-            in_chans: Channels of the image.
-            global_pool: Pooling before the classifier; empty for none.
-            drop_rate: Dropout before the classifier.
-            act_layer: Activation, by timm's name or class.
-            norm_layer: Norm, by timm's name or class.
-            device: Where to create parameters and buffers.
-            dtype: Type of parameters and buffers.
-        """
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        act: Any = get_act_layer(act_layer)
-        norm: Any = get_norm_layer(norm_layer)
+    def _layers(
+        self, in_chans: int, act: Any, norm: Any, place: dict[str, Any]
+    ) -> tuple[list[nn.Module], list[int]]:
         channels = _STEM
         stages, ends = [], []
         for _ in range(_BLOCKS):
-            first = nn.Conv2d(in_chans, channels, 3, 1, 1, bias=False, **dd)
+            first = nn.Conv2d(in_chans, channels, 3, 1, 1, bias=False, **place)
             if stages:
                 parts = OrderedDict(
-                    bn=norm(channels, **dd),
+                    bn=norm(channels, **place),
                     act=act(inplace=True),
-                    conv=nn.Conv2d(channels, channels, 1, bias=False, **dd),
+                    conv=nn.Conv2d(channels, channels, 1, bias=False, **place),
                     pool=nn.AvgPool2d(2),
                 )
                 first = nn.Sequential(parts)
             layers: list[nn.Module] = [first]
             for _ in range(_LAYERS):
-                layers.append(DenseLayer(channels, _GROWTH, act, norm, **dd))
+                layers.append(DenseLayer(channels, _GROWTH, act, norm, **place))
                 channels += _GROWTH
             stages.append(nn.Sequential(*layers))
             ends.append(channels)
-        stages[-1].add_module("bn", norm(channels, **dd))
+        stages[-1].add_module("bn", norm(channels, **place))
         stages[-1].add_module("act", act(inplace=True))
-        self._end(stages, ends, nn.Identity(), num_classes, in_chans, global_pool, drop_rate, dd)
+        return stages, ends
 
 
 default_cfgs = generate_default_cfgs(

@@ -9,7 +9,6 @@ with batch norms, two 3×3 convolutions instead of each 5×5, a single 3×3 stem
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -80,44 +79,20 @@ class CifarGoogLeNet(StagedNet):
         arXiv:1409.4842, with the changes that pruning papers made for CIFAR.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        act_layer: str | type[nn.Module] = "relu",
-        norm_layer: str | type[nn.Module] = "batchnorm2d",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        """Build the network.
-
-        Args:
-            num_classes: Outputs; 0 for no classifier.
-            in_chans: Channels of the image.
-            global_pool: Pooling before the classifier; empty for none.
-            drop_rate: Dropout before the classifier.
-            act_layer: Activation, by timm's name or class.
-            norm_layer: Norm, by timm's name or class.
-            device: Where to create parameters and buffers.
-            dtype: Type of parameters and buffers.
-        """
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        act: Any = get_act_layer(act_layer)
-        norm: Any = get_norm_layer(norm_layer)
+    def _layers(
+        self, in_chans: int, act: Any, norm: Any, place: dict[str, Any]
+    ) -> tuple[list[nn.Module], list[int]]:
         channels = _STEM
         stages, ends = [], []
         for modules in _MODULES:
-            first = nn.MaxPool2d(3, 2, 1) if stages else ConvBlock(in_chans, channels, 3, act, norm, **dd)
+            first = nn.MaxPool2d(3, 2, 1) if stages else ConvBlock(in_chans, channels, 3, act, norm, **place)
             layers: list[nn.Module] = [first]
             for widths in modules:
-                layers.append(Inception(channels, widths, act, norm, **dd))
+                layers.append(Inception(channels, widths, act, norm, **place))
                 channels = sum(widths[:4])
             stages.append(nn.Sequential(*layers))
             ends.append(channels)
-        self._end(stages, ends, nn.Identity(), num_classes, in_chans, global_pool, drop_rate, dd)
+        return stages, ends
 
 
 default_cfgs = generate_default_cfgs(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -19,7 +18,6 @@ from ._staged import ConvBlock, StagedNet
 __all__ = ["CifarVGG"]
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_HIDDEN = 512
 
 
 class CifarVGG(StagedNet):
@@ -29,46 +27,20 @@ class CifarVGG(StagedNet):
         arXiv:1409.1556, configuration D, with the changes that pruning papers made for CIFAR.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        act_layer: str | type[nn.Module] = "relu",
-        norm_layer: str | type[nn.Module] = "batchnorm2d",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        """Build the network.
+    hidden = 512
 
-        Args:
-            num_classes: Outputs; 0 for no classifier.
-            in_chans: Channels of the image.
-            global_pool: Pooling before the classifier; empty for none.
-            drop_rate: Dropout before the classifier.
-            act_layer: Activation, by timm's name or class.
-            norm_layer: Norm, by timm's name or class.
-            device: Where to create parameters and buffers.
-            dtype: Type of parameters and buffers.
-        """
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        act: Any = get_act_layer(act_layer)
-        norm: Any = get_norm_layer(norm_layer)
+    def _layers(
+        self, in_chans: int, act: Any, norm: Any, place: dict[str, Any]
+    ) -> tuple[list[nn.Module], list[int]]:
         channels = in_chans
         stages = []
         for widths in _STAGES:
             layers: list[nn.Module] = [nn.MaxPool2d(2)] if stages else []
             for width in widths:
-                layers.append(ConvBlock(channels, width, 3, act, norm, **dd))
+                layers.append(ConvBlock(channels, width, 3, act, norm, **place))
                 channels = width
             stages.append(nn.Sequential(*layers))
-        pooled = channels * (2 if global_pool.endswith("catavgmax") else 1)
-        # A 1×1 convolution is a linear layer that also takes maps that were not pooled.
-        hidden = ConvBlock(pooled, _HIDDEN, 1, act, norm, **dd)
-        ends = [widths[-1] for widths in _STAGES]
-        self._end(stages, ends, hidden, num_classes, in_chans, global_pool, drop_rate, dd)
+        return stages, [widths[-1] for widths in _STAGES]
 
 
 default_cfgs = generate_default_cfgs(
