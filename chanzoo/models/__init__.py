@@ -7,6 +7,7 @@ from . import (
     cifar_googlenet,
     cifar_resnet,
     cifar_vgg,
+    condensenet,
     hrank,
     narrow,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "cifar_googlenet",
     "cifar_resnet",
     "cifar_vgg",
+    "condensenet",
     "hrank",
     "narrow",
 ]

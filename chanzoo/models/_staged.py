@@ -1,8 +1,8 @@
-"""Plain stages in a row, pooling, classifier: the part that the small networks of pruning papers share."""
+"""Parts in a row, pooling, classifier: timm's model contract for networks that are a chain."""
 
 # No postponed annotations here: scripting needs the type of forward's argument, not its name.
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -50,15 +50,22 @@ class ConvBlock(nn.Module):
 
 
 class StagedNet(nn.Module):
-    """Network of stages that follows timm's model contract; a subclass makes the layers.
+    """Network of parts in a row that follows timm's model contract; a subclass makes the parts.
 
     Attributes:
         stage1: First of up to five stages; each but the first begins with a layer that halves the maps.
-            Stages that a network does not have are empty.
+            Stages that a network does not have are empty. A subclass may name other parts in ``chain``.
         pre_logits: Hidden layers between pooling and classifier, on maps of any size.
         fc: The classifier.
     """
 
+    if TYPE_CHECKING:  # scripting would want types that it knows
+        stage1: Any
+        stage2: Any
+        stage3: Any
+        stage4: Any
+        stage5: Any
+    chain: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4", "stage5")
     hidden = 0  # outputs of the hidden layer; 0 for none
 
     def __init__(
@@ -92,23 +99,30 @@ class StagedNet(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        stages, channels = self._layers(in_chans, act, norm, place)
-        self.feature_info: list[dict[str, Any]] = [
-            dict(num_chs=n, reduction=2**i, module=f"stage{i + 1}") for i, n in enumerate(channels)
-        ]
-        none = [nn.Sequential() for _ in range(5 - len(stages))]  # a loop over stages could not be scripted
-        self.stage1, self.stage2, self.stage3, self.stage4, self.stage5 = [*stages, *none]
-        self.num_features: int = channels[-1]
+        self._types = (act, norm)
+        self.feature_info: list[dict[str, Any]] = []
+        parts = self._parts(in_chans, act, norm, place)
+        for name in self.chain:  # a loop over parts could not be scripted
+            setattr(self, name, parts.get(name, nn.Sequential()))
+        self.num_features: int = self.feature_info[-1]["num_chs"]
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
         pooled = self.num_features * self.global_pool.feat_mult()
-        # A 1×1 convolution is a linear layer that also takes maps that were not pooled.
-        self.pre_logits = (
-            ConvBlock(pooled, self.hidden, 1, act, norm, **place) if self.hidden else nn.Identity()
-        )
-        self.head_hidden_size: int = self._hidden_size()
+        self.pre_logits = self._make_hidden(pooled, self.hidden, place)
+        self.head_hidden_size: int = self._hidden_sizes()[1]
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **place) if num_classes > 0 else nn.Identity()
         self.init_weights()
+
+    @torch.jit.ignore()
+    def _parts(self, in_chans: int, act: Any, norm: Any, place: dict[str, Any]) -> dict[str, nn.Module]:
+        """The parts by their names in ``chain``; fills ``feature_info``."""
+        stages, channels = self._layers(in_chans, act, norm, place)
+        names = self.chain[: len(stages)]
+        self.feature_info += [
+            dict(num_chs=n, reduction=2**i, module=name)
+            for i, (n, name) in enumerate(zip(channels, names, strict=True))
+        ]
+        return dict(zip(names, stages, strict=True))
 
     @torch.jit.ignore()
     def _layers(
@@ -118,11 +132,19 @@ class StagedNet(nn.Module):
         raise NotImplementedError
 
     @torch.jit.ignore()
-    def _hidden_size(self) -> int:
-        hidden: Any = self.pre_logits
-        if isinstance(hidden, nn.Identity):
-            return self.num_features * self.global_pool.feat_mult()
-        return hidden.conv.out_channels
+    def _make_hidden(self, pooled: int, width: int, place: dict[str, Any]) -> nn.Module:
+        """What comes between pooling and classifier.
+
+        A 1×1 convolution is a linear layer that also takes maps that were not pooled.
+        """
+        return ConvBlock(pooled, width, 1, *self._types, **place) if width else nn.Identity()
+
+    @torch.jit.ignore()
+    def _hidden_sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of the hidden layers."""
+        convs = [module for module in self.pre_logits.modules() if isinstance(module, nn.Conv2d)]
+        pooled = self.num_features * self.global_pool.feat_mult()
+        return (convs[0].in_channels, convs[-1].out_channels) if convs else (pooled, pooled)
 
     @torch.jit.ignore()
     def init_weights(self) -> None:
@@ -151,8 +173,14 @@ class StagedNet(nn.Module):
         return self.fc
 
     @torch.jit.ignore()
-    def _stages(self) -> list[nn.Module]:
-        return [getattr(self, info["module"]) for info in self.feature_info]
+    def _layers_of(self, name: str) -> Any:
+        """What a part of the chain consists of, for checkpointing."""
+        part: nn.Module = getattr(self, name)
+        return part if isinstance(part, nn.Sequential) else [part]
+
+    @torch.jit.ignore()
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        return checkpoint_seq([self._layers_of(name) for name in self.chain], x, flatten=True)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; a hidden layer stays as long as it fits the pooling.
@@ -167,11 +195,10 @@ class StagedNet(nn.Module):
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=kind)
         pooled = self.num_features * self.global_pool.feat_mult()
-        hidden: Any = self.pre_logits
-        if not isinstance(hidden, nn.Identity) and hidden.conv.in_channels != pooled:
-            width, act, norm = hidden.conv.out_channels, type(hidden.act), type(hidden.bn)
-            self.pre_logits = ConvBlock(pooled, width, 1, act, norm, **place)
-        self.head_hidden_size = self._hidden_size()
+        inputs, outputs = self._hidden_sizes()
+        if inputs != pooled:
+            self.pre_logits = self._make_hidden(pooled, outputs, place)
+        self.head_hidden_size = self._hidden_sizes()[1]
         self.flatten = nn.Flatten(1) if kind else nn.Identity()
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **place) if num_classes > 0 else nn.Identity()
         for part in (self.global_pool, self.pre_logits, self.flatten, self.fc):
@@ -197,17 +224,23 @@ class StagedNet(nn.Module):
             intermediates_only: Leave out the final features.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
-        stages = self._stages()
-        take, last = feature_take_indices(len(stages), indices)
+        names = [info["module"] for info in self.feature_info]
+        take, last = feature_take_indices(len(names), indices)
+        wanted = {names[level] for level in take}
+        self._before_forward()
         taken = []
-        for level, stage in enumerate(stages[: last + 1] if stop_early else stages):
+        for name in self.chain[: self.chain.index(names[last]) + 1] if stop_early else self.chain:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(stage, x)
+                x = checkpoint_seq(self._layers_of(name), x)
             else:
-                x = stage(x)
-            if level in take:
+                x = getattr(self, name)(x)
+            if name in wanted:
                 taken.append(x)
         return taken if intermediates_only else (x, taken)
+
+    @torch.jit.ignore()
+    def _before_forward(self) -> None:
+        """What a network does before each forward."""
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -221,8 +254,9 @@ class StagedNet(nn.Module):
         """
         levels = len(self.feature_info)
         take, last = feature_take_indices(levels, indices)
-        for level in range(last + 1, levels):
-            setattr(self, f"stage{level + 1}", nn.Sequential())
+        end = self.chain.index(self.feature_info[last]["module"])
+        for name in self.chain[end + 1 :]:
+            setattr(self, name, nn.Sequential())
         if prune_head or last < levels - 1:
             self.num_features = self.feature_info[last]["num_chs"]
             self.pre_logits = nn.Identity()
@@ -236,7 +270,7 @@ class StagedNet(nn.Module):
             x ``(b, in_chans, h, w)`` → ``(b, num_features, h', w')``, halved by each stage but the first.
         """
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self._stages(), x, flatten=True)
+            return self._checkpointed(x)
         return self.stage5(self.stage4(self.stage3(self.stage2(self.stage1(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import condense_cases
 import hrank_cases
 from fill import load_case, make_input
 from safetensors.torch import load_file
@@ -40,6 +41,7 @@ from chanzoo.models.ce_resnet import AUTHORS_LEAVES, CEResNet, from_authors, to_
 from chanzoo.models.hrank import full_network, widths_of_rates
 
 LAYER_TOLERANCE = 1e-5  # 32-bit noise of one layer is below 1e-6; every slip in a formula is above 1e-3
+DOUBLE_TOLERANCE = 1e-10  # 64-bit noise of a whole network is below 1e-13
 MODEL_TOLERANCE = 1e-4  # 50 to 150 layers of 32-bit noise in another order of summation
 
 
@@ -244,6 +246,12 @@ KINDS: tuple[tuple[str, Callable[[Case], dict[str, Tensor]], float], ...] = (
     (r"rank_net\b", hrank_cases.rank_net, LAYER_TOLERANCE),
     (r"transfer\b", hrank_cases.transfer, MODEL_TOLERANCE),
     (r"masks\b", hrank_cases.masks, MODEL_TOLERANCE),
+    (r"layer_schedule\b", condense_cases.layer_schedule, DOUBLE_TOLERANCE),
+    (r"layer_backward\b", condense_cases.layer_backward, DOUBLE_TOLERANCE),
+    (r"layer_convert\b", condense_cases.layer_convert, DOUBLE_TOLERANCE),
+    (r"model\b", condense_cases.model, DOUBLE_TOLERANCE),
+    (r"model_converted_checkpoint\b", condense_cases.converted_checkpoint, DOUBLE_TOLERANCE),
+    (r"train_run\b", condense_cases.train_run, DOUBLE_TOLERANCE),
 )
 # Expected tensors that document the reference's own slips: nothing of ours corresponds to them.
 SLIPS = {"transfer": ("output",)}

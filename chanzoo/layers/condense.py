@@ -1,0 +1,262 @@
+"""Condensing while training, in any loop, and the condensed network afterwards.
+
+CondenseNet V2 (CVPR 2021, arXiv:2104.04382) drops connections in the first half of training. The position is
+kept in the network, so it travels with checkpoints and copies, and any loop that calls the network trains it.
+Differences from the authors' code: the position is no class attribute, a stage that was passed over is caught
+up, and nothing happens in evaluation.
+"""
+
+# No postponed annotations here: scripting needs the types of a module's tensors, not their names.
+
+import copy
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .learned_group import LearnedGroupConv2d, SparseReactivation
+
+__all__ = [
+    "CondensingProgress",
+    "condense",
+    "condensing_stage",
+    "follow_progress",
+    "is_condensed",
+    "learned_layers",
+    "reset_progress",
+]
+
+_logger = logging.getLogger(__name__)
+_LEARNED = (LearnedGroupConv2d, SparseReactivation)
+
+
+def condensing_stage(progress: float, condensation_factor: int) -> int:
+    """How many of the C − 1 drops are due.
+
+    Args:
+        progress: Share of training that is done, from 0.
+        condensation_factor: The paper's C.
+
+    Source:
+        arXiv:2104.04382, section 4: a drop every T / 2(C − 1) epochs of T, the last at half of it.
+
+    Example:
+        >>> [condensing_stage(p, 4) for p in (0, 0.2, 0.4, 0.5, 1)]
+        [0, 1, 2, 3, 3]
+    """
+    drops = condensation_factor - 1
+    return sum(2 * progress >= t / drops for t in range(1, drops + 1))
+
+
+def learned_layers(model: nn.Module) -> dict[str, LearnedGroupConv2d | SparseReactivation]:
+    """The layers of a network that learn which connections they need, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _LEARNED)}
+
+
+def is_condensed(model: nn.Module) -> bool:
+    """Whether every layer that learns its connections has dropped all it has to."""
+    return all(layer.is_condensed() for layer in learned_layers(model).values())
+
+
+class CondensingProgress(nn.Module):
+    """Counts the training forwards of a network and condenses its layers when a stage is due.
+
+    Attributes:
+        train_step: Scalar of int64: training forwards so far; part of the state dict.
+        total_steps: Training forwards in all: epochs × batches per epoch and process. None leaves the masks
+            alone.
+    """
+
+    train_step: Tensor
+
+    def __init__(self, total_steps: int | None = None, device: Any = None) -> None:
+        """Start at zero.
+
+        Raises:
+            UsageError: ``total_steps`` is no whole number above 0.
+        """
+        super().__init__()
+        if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
+            raise UsageError(
+                f"total_steps={total_steps!r}: expected a whole number above 0 (epochs × batches).\n"
+                "  Nothing was built."
+            )
+        self.total_steps = total_steps
+        self.register_buffer("train_step", torch.zeros((), dtype=torch.int64, device=device))
+        self._step: int | None = None  # the buffer's value, known without waiting for a device
+        self._stages: dict[int, int] = {}  # C → stage that the layers have been brought to
+        self._epoch_start: int | None = None
+        self._end: dict[str, int] | None = None
+        self.register_load_state_dict_post_hook(_forget)
+
+    @torch.compiler.disable
+    def tick(self, model: nn.Module) -> None:
+        """Count one training forward of ``model``, after dropping what is due; for its beginning.
+
+        Nothing happens in evaluation, without gradients (when statistics of norms are measured anew), or
+        without ``total_steps``.
+
+        Raises:
+            UsageError: A layer's group lasso and float16 autocast are both on: the loss is scaled there, the
+                lasso's gradient is not.
+        """
+        if not self.total_steps or not self.training or not torch.is_grad_enabled():
+            return
+        if self._step is None or not self._stages:
+            self._start(model)
+        step, total = self._step or 0, self.total_steps
+        for factor, reached in self._stages.items():
+            stage = condensing_stage(step / total, factor)
+            if stage > reached:
+                for layer in learned_layers(model).values():
+                    if layer.condensation_factor == factor:
+                        layer.condense_to(stage)
+                self._stages[factor] = stage
+                _logger.info(
+                    "step %d of %d: stage %d of %d, %d of %d connections are left",
+                    *(step, total, stage, factor - 1, factor - stage, factor),
+                )
+        if step == total:
+            _logger.warning(
+                "training goes on after total_steps=%d: it is longer than said, and every connection was "
+                "dropped too early. total_steps is epochs × batches per epoch.",
+                total,
+            )
+        self._step = step + 1
+        self.train_step += 1
+        assert self._end is not None
+        self._end["step"] = self._step
+
+    def train(self, mode: bool = True) -> "CondensingProgress":
+        """Set the mode; the end of an epoch shows whether ``total_steps`` is a number of epochs."""
+        if self.training and not mode and self._step is not None and self.total_steps:
+            start, self._epoch_start = self._epoch_start, None
+            length = self._step - (start or 0)
+            if start is not None and length > 0 and self.total_steps % length:
+                _logger.warning(
+                    "total_steps=%d is %.2f times the %d training batches before this evaluation. If that "
+                    "was an epoch, drops come at the wrong time: total_steps is epochs × batches per epoch.",
+                    *(self.total_steps, self.total_steps / length, length),
+                )
+        return super().train(mode)
+
+    def _start(self, model: nn.Module) -> None:
+        """Take the position from the buffer, after building, loading or moving."""
+        layers = learned_layers(model).values()
+        lasso = any(layer.group_lasso > 0 for layer in layers)
+        kind = self.train_step.device.type
+        if lasso and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise UsageError(
+                "group_lasso does not go with float16 autocast: the loss is scaled there, the lasso's "
+                "gradient is not.\n  Use bfloat16 (train.py: --amp-dtype bfloat16), or group_lasso=0."
+            )
+        self._step = int(self.train_step)
+        self._epoch_start = self._step if self._end is None else None
+        self._stages = {layer.condensation_factor: 0 for layer in layers}
+        if self._end is None:
+            factor = max(self._stages, default=1)
+            self._end = {"step": self._step, "total": self.total_steps or 0, "factor": factor}
+            weakref.finalize(self, _warn_unfinished, self._end)
+
+
+def _forget(progress: CondensingProgress, _keys: Any) -> None:
+    """Read the position anew after a checkpoint was loaded."""
+    progress._step, progress._stages = None, {}
+
+
+def _warn_unfinished(end: dict[str, int]) -> None:
+    """Say at the end that the network cannot be condensed yet."""
+    stage = condensing_stage((end["step"] - 1) / end["total"], end["factor"])
+    if stage < end["factor"] - 1:
+        _logger.warning(
+            "training ended at step %d of total_steps=%d, at stage %d of %d: the network is not condensed. "
+            "Resume it, or start with the right total_steps.",
+            *(end["step"], end["total"], stage, end["factor"] - 1),
+        )
+
+
+def follow_progress(model: nn.Module, total_steps: int | None) -> None:
+    """Let a network of one's own condense its layers while it trains; adds the part ``progress`` to it.
+
+    Call it again with another ``total_steps`` to change that. Networks of ours take ``total_steps`` when they
+    are built.
+
+    Args:
+        model: A network with layers that learn their connections.
+        total_steps: As of :class:`CondensingProgress`.
+
+    Raises:
+        UsageError: It has no such layers, or has a part of that name already.
+    """
+    device = next((layer.weight.device for layer in learned_layers(model).values()), None)
+    if device is None:
+        raise UsageError(f"{type(model).__name__} has no layer that learns its connections.")
+    earlier: Any = getattr(model, "progress", None)
+    if earlier is not None and not isinstance(earlier, CondensingProgress):
+        raise UsageError(f'{type(model).__name__} has a part "progress" of its own.\n  Nothing was changed.')
+    progress = CondensingProgress(total_steps, device).train(model.training)
+    if earlier is not None:
+        progress.load_state_dict(earlier.state_dict())
+    else:
+        model.register_forward_pre_hook(_tick)
+    model.progress = progress
+
+
+def _tick(model: nn.Module, _args: Any) -> None:
+    progress: Any = model.progress
+    if progress is not None:  # it goes when the network is condensed
+        progress.tick(model)
+
+
+@torch.no_grad()
+def reset_progress(model: nn.Module) -> None:
+    """Start condensing from the beginning: all connections are back, the count is zero; weights stay.
+
+    Raises:
+        UsageError: The network has nothing to count with.
+    """
+    if not isinstance(progress := getattr(model, "progress", None), CondensingProgress):
+        raise UsageError(f"{type(model).__name__} does not count its training: see follow_progress.")
+    progress.train_step.zero_()
+    _forget(progress, None)
+    for layer in learned_layers(model).values():
+        layer.mask.fill_(True)
+        layer.stage.zero_()
+
+
+def condense(model: nn.Module) -> nn.Module:
+    """The condensed form of a trained network: grouped convolutions and indices in the place of masks.
+
+    Args:
+        model: Any network with layers that learn their connections; left as it is.
+
+    Returns:
+        A copy that computes the same with fewer multiply-adds, in the same mode.
+
+    Raises:
+        UsageError: A layer has not dropped all it has to, or there is none. Names the layer.
+
+    Source:
+        arXiv:2104.04382, section 3.3.
+    """
+    layers = learned_layers(model)
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no layer that learns its connections: there is nothing to condense."
+        )
+    small = {}
+    for name, layer in layers.items():
+        try:
+            small[id(layer)] = layer.condensed()
+        except UsageError as error:
+            raise UsageError(
+                f'layer "{name}" cannot be condensed: {error}\n  The network is unchanged.'
+            ) from error
+    memo: dict[int, Any] = {id(m): None for m in model.modules() if isinstance(m, CondensingProgress)}
+    network: Any = copy.deepcopy(model, {**small, **memo})
+    if hasattr(network, "condensed"):
+        network.condensed = True
+    return network
