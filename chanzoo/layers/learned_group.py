@@ -234,13 +234,23 @@ class _LearnedConv2d(nn.Module):
         return kept, own
 
     @torch.jit.ignore()
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Refuse a mask that is neither: averaging makes fractions, of which any would count as left."""
         mask = state_dict.get(f"{prefix}mask")
         if isinstance(mask, Tensor) and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            errors: list[str] = args[-1]
-            errors.append(f'"{prefix}mask" holds fractions: was it averaged? Expected truth values.')
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            error_msgs.append(f'"{prefix}mask" holds fractions: was it averaged? Expected truth values.')
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def masked_weight(self) -> Tensor:
         """The weight with zeros where connections were dropped.
