@@ -31,6 +31,7 @@ class Dataset:
         title: Full name.
         note: What a reader of a metric has to know.
         hub_id: The Hub's name of the data set it derives from.
+        train_images: Of the training split.
         num_classes: Classes.
         input_size: Channels, height, width.
         mean: Per channel, of inputs in [0, 1].
@@ -44,6 +45,7 @@ class Dataset:
     title: str
     note: str
     hub_id: str
+    train_images: int
     num_classes: int
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -131,6 +133,7 @@ DATASETS = {
             note="JPEG quality 75 with chroma subsampling: expect 1–2 points below original CIFAR-10, "
             "do not compare with it.",
             hub_id="uoft-cs/cifar10",
+            train_images=50_000,
             num_classes=10,
             input_size=(3, 32, 32),
             mean=CIFAR10_MEAN,
@@ -142,6 +145,7 @@ DATASETS = {
             title="Tiny ImageNet",
             note="200 classes of ImageNet at 64×64; metrics are on the 10,000 validation images.",
             hub_id="zh-plus/tiny-imagenet",
+            train_images=100_000,
             num_classes=200,
             input_size=(3, 64, 64),
             mean=IMAGENET_MEAN,

@@ -14,6 +14,7 @@ from ..errors import ChanzooError, UsageError
 from . import (
     autoload,
     classify,
+    condense,
     doctor,
     eval,
     export,
@@ -33,8 +34,8 @@ __all__ = ["build_parser", "main"]
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        ls, info, classify, eval, inspect, prune, export, pull, verify, publish, recipe, doctor, run,
-        autoload,
+        ls, info, classify, eval, inspect, prune, condense, export, pull, verify, publish, recipe, doctor,
+        run, autoload,
     )
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UsageError
-from .common import add_format, emit, say
+from .common import add_format, emit, positive, say
 
 HELP = "list, show and check training recipes"
 EXAMPLES = """\
@@ -16,6 +16,7 @@ EXAMPLES = """\
   chanzoo recipe ls --wanted                  training runs whose weights do not exist yet
   chanzoo recipe show c10j_pad4_40e > mine.yaml    a copy to edit
   chanzoo recipe check mine.yaml              find keys that timm's train script would ignore in silence
+  chanzoo recipe steps mine.yaml --data DATA  total_steps of networks that drop connections while they train
 """
 
 
@@ -31,13 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="check a recipe", description="Check the keys of a recipe.")
     check.add_argument("file", metavar="FILE", help="YAML file, or the name of a recipe")
     check.add_argument("--script", type=Path, help="train script to compare with (default: timm's)")
-    for action in (listing, show, check):
+    steps = actions.add_parser(
+        "steps",
+        help="count the training forwards of a recipe",
+        description="Count the training forwards of a recipe, for --model-kwargs total_steps=N.",
+    )
+    steps.add_argument("file", metavar="FILE", help="YAML file, or the name of a recipe")
+    steps.add_argument("--data", metavar="DATA_DIR", help="folder of images (default: the recipe's data set)")
+    steps.add_argument("--processes", type=positive, default=1, metavar="N", help="that train together")
+    steps.add_argument("--epochs", type=positive, metavar="N", help="instead of the recipe's")
+    steps.add_argument(
+        "--batch-size", type=positive, metavar="N", help="of one process, instead of the recipe's"
+    )
+    for action in (listing, show, check, steps):
         add_format(action)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the action says."""
-    return {"ls": _ls, "show": _show, "check": _check}[args.action](args)
+    return {"ls": _ls, "show": _show, "check": _check, "steps": _steps}[args.action](args)
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -80,6 +93,39 @@ def _show(args: argparse.Namespace) -> int:
     say(f"chanzoo: {path}")
     for run, command in zip(runs, commands, strict=True):
         say(f"\n{run.weight}\n  {command}")
+    return 0
+
+
+def _steps(args: argparse.Namespace) -> int:
+    import yaml
+
+    from ..recipes.check import check_recipe, count_steps, recipe_path
+    from ..recipes.table import RECIPES
+    from ..weights import DATASETS
+
+    shipped = args.file in RECIPES and not Path(args.file).exists()
+    path = recipe_path(args.file) if shipped else Path(args.file)
+    check_recipe(path)  # that it is a table of options
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options |= {key: value for key in ("epochs", "batch_size") if (value := getattr(args, key))}
+    for key in ("epochs", "batch_size", "warmup_epochs", "cooldown_epochs"):
+        if type(options.get(key, 0)) is not int:
+            raise UsageError(f"{path.name}: {key} is {options[key]!r}, expected a whole number.")
+    if args.data:
+        from timm.data import create_dataset
+
+        split = options.get("train_split", "train")
+        if not Path(args.data).exists():
+            raise UsageError(f'no image folder "{args.data}".')
+        images = len(create_dataset("", root=args.data, split=split))
+    elif shipped:
+        images = DATASETS[RECIPES[args.file].dataset].train_images
+    else:
+        raise UsageError(f"how many images {path.name} trains on is not known: pass --data DATA_DIR.")
+    total = count_steps(options, images, args.processes)
+    data = {"file": str(path), "images": images, "processes": args.processes, "total_steps": total}
+    emit(data, args.format == "json", ("", ""), [(str(total), "")])
+    say(f"chanzoo: pass  --model-kwargs total_steps={total}")
     return 0
 
 

@@ -99,13 +99,17 @@ def read_saved(folder: Path) -> Source:
     )
 
 
-def read_training(folder: Path) -> Source:
+def read_training(folder: Path, checkpoint: Path | None = None) -> Source:
     """The output of timm's train script: its options, and the best checkpoint or else the last one.
+
+    Args:
+        folder: With ``args.yaml``.
+        checkpoint: Another of its checkpoints.
 
     Raises:
         UsageError: It is no such output, or the options do not describe the tensors.
     """
-    path = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+    path = checkpoint or next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if path is None:
         raise UsageError(
             f'"{folder}" has no checkpoint.\n  expected  {" or ".join(CHECKPOINTS)}\n  Nothing was sent.'
@@ -140,7 +144,7 @@ def read_training(folder: Path) -> Source:
     if (folder / "summary.csv").is_file():
         files["summary.csv"] = (folder / "summary.csv").read_bytes()
     kind = "averaged (EMA) weights" if averaged else "weights"
-    which = "best" if path.name == CHECKPOINTS[0] else "last"
+    which = "best" if path.name == CHECKPOINTS[0] else "last" if path.name == CHECKPOINTS[1] else "chosen"
     return Source(
         model=model,
         state=state,

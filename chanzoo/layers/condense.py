@@ -257,6 +257,6 @@ def condense(model: nn.Module) -> nn.Module:
             ) from error
     memo: dict[int, Any] = {id(m): None for m in model.modules() if isinstance(m, CondensingProgress)}
     network: Any = copy.deepcopy(model, {**small, **memo})
-    if hasattr(network, "condensed"):
-        network.condensed = True
+    if callable(note := getattr(network, "note_condensed", None)):
+        note()
     return network

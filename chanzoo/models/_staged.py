@@ -10,7 +10,7 @@ from timm.layers import SelectAdaptivePool2d, get_act_layer, get_device_dtype, g
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .._timm import feature_take_indices
+from .._timm import feature_take_indices, update_model_args
 from ..layers.folding import fold_pairs
 
 __all__ = ["ConvBlock", "StagedNet"]
@@ -166,6 +166,12 @@ class StagedNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore()
+    def note_condensed(self) -> None:
+        """Called when the layers were condensed: from now on the network is built with ``condensed=True``."""
+        self.condensed = True
+        update_model_args(self, condensed=True)
 
     @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:

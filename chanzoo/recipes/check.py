@@ -8,16 +8,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ..errors import UsageError
-from ..weights import WEIGHTS
+from ..weights import DATASETS, WEIGHTS
 from .table import RECIPES, RUNS, Run
 
 __all__ = [
     "Problem",
     "check_recipe",
+    "count_steps",
     "launch_command",
     "prune_command",
     "recipe_path",
@@ -146,6 +148,31 @@ def prune_command(run: Run, data_dir: str, folder: str) -> list[str]:
     return [sys.executable, "-m", "chanzoo", "prune", run.source, *options]
 
 
+def count_steps(options: dict[str, Any], images: int, processes: int = 1) -> int:
+    """Training forwards of a whole run of timm's script, which networks that condense have to know.
+
+    Accumulating gradients changes nothing: every batch is a forward.
+
+    Args:
+        options: Of the script, as in a recipe; what is missing is the script's default.
+        images: Of the training split.
+        processes: That train together.
+
+    Raises:
+        UsageError: There is less than one batch.
+    """
+    epochs = options.get("epochs", 300) + options.get("cooldown_epochs", 0)
+    if options.get("warmup_prefix"):
+        epochs += options.get("warmup_epochs", 5)
+    batch = options.get("batch_size", 128)
+    steps = epochs * (-(-images // processes) // batch)
+    if steps < 1:
+        raise UsageError(
+            f"{images} images give {processes} processes no batch of {batch}: incomplete ones are dropped."
+        )
+    return steps
+
+
 def launch_command(
     run: Run, data_dir: str, script: str | None = None, start_from: str = "PRUNED"
 ) -> list[str]:
@@ -162,6 +189,11 @@ def launch_command(
     start = ["-P", script, "--device-modules", "chanzoo"]
     if sys.version_info < (3, 11):
         start = ["-m", "chanzoo", "run", script]
+    learning = []
+    if run.condenses:
+        options = yaml.safe_load(recipe_path(run.recipe).read_text(encoding="utf-8"))
+        images = DATASETS[RECIPES[run.recipe].dataset].train_images
+        learning = ["--model-kwargs", f"total_steps={count_steps(options, images)}"]
     return [
         sys.executable,
         *start,
@@ -169,5 +201,6 @@ def launch_command(
         *(("--model", f"local-dir:{start_from}", "--pretrained") if run.source else ("--model", run.model)),
         *("--data-dir", data_dir),
         *("--seed", str(run.seed)),
+        *learning,
         *run.options,
     ]

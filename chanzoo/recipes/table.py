@@ -36,6 +36,7 @@ class Run:
         options: More options of the train script.
         source: Weight that is pruned first, empty for none.
         prune: Options of ``chanzoo prune`` for that.
+        condenses: Whether the network drops connections while it trains, and has to know for how long.
     """
 
     weight: str
@@ -47,6 +48,7 @@ class Run:
     options: tuple[str, ...] = ()
     source: str = ""
     prune: tuple[str, ...] = ()
+    condenses: bool = False
 
     @property
     def model(self) -> str:
@@ -56,6 +58,7 @@ class Run:
 
 _RESNET, _CE, _MBV2 = "arXiv:1512.03385", "arXiv:2003.00214", "arXiv:1801.04381"
 _VGG, _HRANK = "arXiv:1409.1556", "arXiv:2002.10179"
+_CONDENSE_V1, _CONDENSE, _SHUFFLE = "arXiv:1711.09224", "arXiv:2104.04382", "arXiv:1807.11164"
 
 RECIPES = {
     row.name: row
@@ -63,6 +66,7 @@ RECIPES = {
         Recipe("c10j_pad4_40e", "c10j", "CIFAR-10 (JPEG, padded), 40 epochs of SGD, cosine to zero, CPU"),
         Recipe("c10j_pad4_24e", "c10j", "CIFAR-10 (JPEG, padded), 24 epochs: networks to prune, CPU"),
         Recipe("c10j_pad4_ft6e", "c10j", "CIFAR-10 (JPEG, padded), 6 epochs: after pruning, CPU"),
+        Recipe("tin_24e", "tin", "Tiny ImageNet at 64×64, 24 epochs of SGD, cosine to zero, CPU"),
         Recipe("tin_ft20e", "tin", "Tiny ImageNet at 64×64, 20 epochs: after pruning, GPU"),
         Recipe("tin_100e", "tin", "Tiny ImageNet at 64×64, 100 epochs of SGD with a cosine to zero, GPU"),
     )
@@ -86,6 +90,14 @@ _RESNET56 += [(f"{method}m38", "0.3x") for method in ("", "l1_", "random_")]
 _VGG16 = [(f"{method}m157", "0.5x") for method in ("", "l1_", "random_")]
 _VGG16 += [(f"{method}m94", "0.3x") for method in ("", "l1_", "random_")]
 
+
+def _condensing(weight: str, recipe: str, cost: float, device: str, *options: str) -> Run:
+    """A run of a network that drops connections on its way."""
+    paper = _CONDENSE_V1 if weight.startswith("condensenet_") else _CONDENSE
+    seed = int(".s1_" in weight)
+    return Run(weight, recipe, seed, cost, device, paper, options, condenses=True)
+
+
 RUNS = (
     Run("cifar_resnet20.c10j", "c10j_pad4_40e", 0, 1.1, "cpu", _RESNET),
     Run("ce_cifar_resnet20.c10j", "c10j_pad4_40e", 0, 1.5, "cpu", _CE),
@@ -104,10 +116,21 @@ RUNS = (
     ),
     Run("cifar_vgg16_bn.ft_c10j", "c10j_pad4_ft6e", 0, 0.7, "cpu", _VGG, ("--pretrained",)),
     Run("ce_cifar_resnet56.c10j", "c10j_pad4_24e", 0, 2.0, "cpu", _CE),
+    _condensing("condensenetv2_cifar110.c10j", "c10j_pad4_24e", 4.0, "cpu"),
+    _condensing("condensenet_cifar62.c10j", "c10j_pad4_24e", 2.5, "cpu"),
+    _condensing("condensenetv2_cifar110.s1_c10j", "c10j_pad4_24e", 4.0, "cpu"),
+    _condensing("condensenet_cifar62.s1_c10j", "c10j_pad4_24e", 2.5, "cpu"),
+    _condensing("condensenetv2_a.tin", "tin_24e", 1.3, "cpu"),
+    _condensing("sfr_shufflenetv2_x0_5.tin", "tin_24e", 1.3, "cpu"),
+    Run("shufflenetv2_x0_5.tin", "tin_24e", 0, 1.2, "cpu", _SHUFFLE),
     Run("ce_resnet50.tin", "tin_100e", 0, 0.4, "gpu", _CE),
     Run("resnet50.tin", "tin_100e", 0, 0.3, "gpu", _RESNET),
     Run("ce_mobilenetv2.tin", "tin_100e", 0, 0.3, "gpu", _CE),
     Run("mobilenetv2_100.tin", "tin_100e", 0, 0.3, "gpu", _MBV2),
     _pruned("hrank_resnet50.half_tin", "resnet50.tin", "0.5x", "tin_ft20e", 0.1, "gpu"),
+    _condensing("condensenetv2_c.tin", "tin_100e", 0.5, "gpu"),
+    _condensing("condensenetv2_b.tin", "tin_100e", 0.4, "gpu"),
+    _condensing("sfr_shufflenetv2.tin", "tin_100e", 0.3, "gpu"),
+    Run("shufflenetv2_x1_0.tin", "tin_100e", 0, 0.3, "gpu", _SHUFFLE),
     _pruned("narrow_cnn.ce_resnet50_half_tin", "ce_resnet50.tin", "0.5x", "tin_ft20e", 0.1, "gpu"),
 )

@@ -17,7 +17,8 @@ import timm
 
 import chanzoo
 
-QUICK = ["cifar_resnet20", "ce_cifar_resnet20"]
+QUICK = ["cifar_resnet20", "ce_cifar_resnet20", "condensenet_cifar50"]
+TWO_FORMS = ("condensenet", "sfr_")
 HERE = Path(__file__).parent
 
 
@@ -55,7 +56,12 @@ def timm_tests() -> Path:
 
 def names() -> list:
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in chanzoo.list_models() if name not in QUICK]
-    return [*QUICK, *slow]
+    condensed = [
+        pytest.param(f"condensed_{name}", marks=pytest.mark.slow)
+        for name in chanzoo.list_models()
+        if name.startswith(TWO_FORMS)
+    ]
+    return [*QUICK, *slow, *condensed]
 
 
 @pytest.mark.parametrize("name", names())

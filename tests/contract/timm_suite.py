@@ -19,6 +19,8 @@ import timm.models
 import chanzoo  # noqa: F401  # registers the networks
 
 NAMES = [name for name in os.environ.get("CHANZOO_SUITE_NAMES", "").split(",") if name]
+if any(name.startswith("condensed_") for name in NAMES):
+    import condensed_forms  # noqa: F401  # registers more
 
 # Tests with a hand-picked list, and what follows the network's name in each of their rows.
 HAND_PICKED: dict[str, tuple[Any, ...]] = {
