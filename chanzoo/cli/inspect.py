@@ -27,31 +27,35 @@ from .common import (
 if TYPE_CHECKING:
     from ..measure.channels import AblationPoint, ChannelReport
 
-HELP = "measure inhibited channels, ablation curve and gains of any convolutional network"
+HELP = "measure channels of any convolutional network, or what the layers of a CondenseNet reuse"
 EXAMPLES = """\
   chanzoo inspect cifar_resnet20.c10j --against ce_cifar_resnet20.c10j --channels DATA -o channels
   chanzoo inspect resnet50 --channels DATA --sites "layer1.*" --branch -o channels
   chanzoo inspect ce_resnet50 --channels DATA --weights none --images 200 --seeds 1 -o fresh
+  chanzoo inspect condensenetv2_cifar110 --reuse --weights none -o reuse
 
 A site is an activation that a norm feeds. OUT_DIR gets tables (CSV), a summary (JSON) and pictures (PNG):
   sites      channels of each site whose mean magnitude is below the threshold
   channels   the magnitude of each channel
   ablation   accuracy while 0 … 90 % of every site's channels are silenced, in random order
   gains      |γ| of the batch norms, and the gain with Channel Equilibrium behind it
+With --reuse there is one table and one picture: which earlier features each layer of a CondenseNet reads
+and refreshes, as the mean magnitude of its weights. It needs no images.
 """
 _FILES = {
     "summary.json",
     *(f"{name}.csv" for name in ("sites", "channels", "ablation", "gains")),
     *(f"{name}.png" for name in ("sites", "ablation", "gains")),
+    *("reuse.csv", "reuse.png"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", metavar="NAME", help="arch or arch.tag, ours or timm's")
-    parser.add_argument(
-        "--channels", required=True, metavar="DATA_DIR", help="folder of images, see chanzoo eval"
-    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--channels", metavar="DATA_DIR", help="folder of images, see chanzoo eval")
+    what.add_argument("--reuse", action="store_true", help="which features each layer of a CondenseNet uses")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT_DIR", help="where the results go"
     )
@@ -83,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure everything, then write everything."""
     check_output(args.output, args.overwrite)
-    if not os.path.exists(args.channels):
+    if args.channels and not os.path.exists(args.channels):
         raise UsageError(f'no image folder "{args.channels}".')
     names = [args.name, *([args.against] if args.against else [])]
     if len(set(names)) < len(names):
@@ -96,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         from ..measure.plots import require_matplotlib
 
         require_matplotlib()
+    if args.reuse:
+        return _reuse(names, args)
     reports: dict[str, ChannelReport] = {}
     curves: dict[str, list[AblationPoint]] = {}
     for name in names:
@@ -125,6 +131,32 @@ def run(args: argparse.Namespace) -> int:
     )
     emit(data, args.format == "json", headers, rows)
     say(f"chanzoo: tables{'' if args.no_plots else ' and pictures'} are in {args.output}")
+    return 0
+
+
+def _reuse(names: list[str], args: argparse.Namespace) -> int:
+    """Measure which features the layers use, and write all of it."""
+    from ..measure.reuse import measure_reuse
+
+    networks = {name: measure_reuse(build_model(name, args)) for name in names}
+    header = ("model", "layer", "source", "reads", "refreshes")
+    lines = [
+        (name, row.layer, row.source, f"{row.reads:.6g}", f"{row.refreshes:.6g}")
+        for name, rows in networks.items()
+        for row in rows
+    ]
+
+    def write(folder: Path) -> None:
+        write_csv(folder / "reuse.csv", header, lines)
+        if not args.no_plots:
+            from ..measure.plots import plot_reuse
+
+            plot_reuse(networks, folder / "reuse.png")
+
+    write_whole(args.output, write)
+    data = [{"model": name, "layers": len({row.layer for row in rows})} for name, rows in networks.items()]
+    emit(data, args.format == "json", ("model", "layers"), [(n["model"], str(n["layers"])) for n in data])
+    say(f"chanzoo: the table{'' if args.no_plots else ' and the picture'} of reuse are in {args.output}")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ChanzooError
 from .channels import AblationPoint, ChannelReport
+from .reuse import ReuseRow
 
 __all__ = [
     "plot_ablation",
@@ -16,6 +17,7 @@ __all__ = [
     "plot_inhibited",
     "plot_rank_histograms",
     "plot_rank_stability",
+    "plot_reuse",
     "plot_widths",
     "require_matplotlib",
     "summarise",
@@ -130,6 +132,39 @@ def plot_rank_stability(series: Mapping[str, Sequence[tuple[int, Sequence[float]
             axes.plot([images for images, _ in points], line, linewidth=0.7)
         axes.set_title(name, fontsize=8)
         axes.set(xlabel="images", ylabel="mean rank")
+    figure.savefig(path, dpi=150)
+
+
+def plot_reuse(networks: Mapping[str, Sequence[ReuseRow]], path: Path) -> None:
+    """Heatmaps of which earlier features each layer reads and refreshes; networks side by side.
+
+    Each row is scaled by its largest value: darker is stronger. Features of layers that come later are blank.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = ["reads"]
+    if any(row.refreshes for rows in networks.values() for row in rows):
+        kinds.append("refreshes")
+    figure = Figure(figsize=(4.6 * len(networks), 4.2 * len(kinds)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for line, kind in enumerate(kinds):
+        for column, (name, rows) in enumerate(networks.items(), start=1):
+            values = {(row.layer, row.source): float(getattr(row, kind)) for row in rows}
+            if not any(values.values()):
+                continue
+            layers = list(dict.fromkeys(row.layer for row in rows))
+            sources = list(dict.fromkeys(row.source for row in rows))
+            grid = []
+            for layer in layers:
+                found = [values.get((layer, source), float("nan")) for source in sources]
+                strongest = max(values[layer, source] for source in sources if (layer, source) in values)
+                grid.append([value / (strongest or 1.0) for value in found])
+            axes = figure.add_subplot(len(kinds), len(networks), line * len(networks) + column)
+            edges = (-0.5, len(sources) - 0.5, len(layers) + 0.5, 0.5)
+            axes.imshow(grid, aspect="auto", cmap="Reds", vmin=0, vmax=1, extent=edges)
+            axes.set_title(f"{name}: {kind}", fontsize=9)
+            axes.set(xlabel="made by layer (0: stem)", ylabel="layer")
     figure.savefig(path, dpi=150)
 
 

@@ -83,7 +83,7 @@ class CifarDenseNet(StagedNet):
             stages.append(nn.Sequential(*layers))
             ends.append(channels)
         stages[-1].add_module("bn", norm(channels, **place))
-        stages[-1].add_module("act", act(inplace=True))
+        stages[-1].add_module("act", act())  # not in place: checkpointing saves its input
         return stages, ends
 
 
