@@ -15,7 +15,7 @@ from typing import Any
 
 from chanzoo.hub.families import FAMILIES, Family
 from chanzoo.recipes.check import wanted
-from chanzoo.recipes.table import RECIPES
+from chanzoo.recipes.table import CONDENSED, RECIPES
 from chanzoo.weights import DATASETS, WEIGHTS, Weight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +84,12 @@ def section(family: Family) -> str:
     """One family: what it is, ours, published, the claim, and a card per weight."""
     rows = [row for row in WEIGHTS.values() if row.arch in (*family.archs, *family.baselines)]
     parts = [f"## {family.title}\n\n{family.text}\n"]
-    plain, pruned = ([row for row in rows if bool(pruning_of(row)) == flag] for flag in (False, True))
+    pruned = [row for row in rows if pruning_of(row)]
+    condensed = [row for row in rows if is_condensed(row)]
+    plain = [row for row in rows if row not in pruned and row not in condensed]
     tables = [seed_table(plain)] if plain else []
     tables += [pruning_table(pruned)] if pruned else []
+    tables += [form_table(condensed)] if condensed else []
     parts.append("### Ours\n\n" + ("\n".join(tables) or "No weights yet.\n"))
     if claims := [text for pair in family.claim for text in [claim(*pair)] if text]:
         parts.append("### The claim under test\n\n" + "\n".join(claims) + "\n")
@@ -101,7 +104,7 @@ def by_seed(rows: list[Weight]) -> dict[tuple[str, str, str], list[Weight]]:
     """Rows that differ in their seed only; those of pruned networks have tables of their own."""
     groups: dict[tuple[str, str, str], list[Weight]] = {}
     for row in sorted(rows, key=lambda row: row.seed):
-        if not pruning_of(row):
+        if not pruning_of(row) and not is_condensed(row):
             groups.setdefault((row.arch, row.dataset, row.recipe), []).append(row)
     return groups
 
@@ -110,6 +113,28 @@ def pruning_of(row: Weight) -> dict[str, Any]:
     """What was measured while a weight was pruned; empty for others."""
     report = json.loads((ROOT / "weights" / row.name / "eval.json").read_text(encoding="utf-8"))
     return report.get("pruning", {})
+
+
+def is_condensed(row: Weight) -> bool:
+    """Whether a row is the condensed form of another."""
+    return bool(row.model_args.get("condensed"))
+
+
+def form_table(rows: list[Weight]) -> str:
+    """Condensed weights beside the weights that they are made from."""
+    lines = [
+        "Both forms of the same weights:\n",
+        "| network | form | top-1 % | params | MACs | file |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.name):
+        pair = ((WEIGHTS[row.name.replace(CONDENSED, "", 1)], "training"), (row, "condensed"))
+        for each, form in pair:
+            lines.append(
+                f"| `{each.name}` | {form} | {100 * each.metrics['top1']:.2f} | {each.params / 1e6:.2f} M "
+                f"| {each.macs / 1e6:.1f} M | {each.file_bytes / 1e6:.2f} MB |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def pruning_table(rows: list[Weight]) -> str:
@@ -131,6 +156,11 @@ def pruning_table(rows: list[Weight]) -> str:
         lines.append(f"| `{found['source']}` | {method} | {share} | {row.seed} | {shown} | {change:+.2f} |")
         results.setdefault((found["source"], share, row.seed), {})[method] = 100 * row.metrics["top1"]
     text = "\n".join(lines) + "\n"
+    for source in dict.fromkeys(source for source, _, _ in results):
+        arch, _, tag = source.partition(".")
+        if tuned := WEIGHTS.get(f"{arch}.ft_{tag}"):
+            top1 = 100 * tuned.metrics["top1"]
+            text += f"\nThe full network after the same fine-tuning, `{tuned.name}`: {top1:.2f}.\n"
     for other in ("l1", "random"):
         gains = [r["hrank"] - r[other] for r in results.values() if {"hrank", other} <= r.keys()]
         if gains:

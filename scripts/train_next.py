@@ -30,10 +30,11 @@ from torch import Tensor
 
 import chanzoo
 from chanzoo.errors import ChanzooError, UsageError
+from chanzoo.layers import condense
 from chanzoo.measure import count_macs, count_params
 from chanzoo.measure.accuracy import evaluate
 from chanzoo.recipes.check import check_recipe, launch_command, prune_command, recipe_path, wanted
-from chanzoo.recipes.table import RECIPES, RUNS, Run
+from chanzoo.recipes.table import CONDENSED, RECIPES, RUNS, Run
 from chanzoo.weights import DATASETS, TABLE, Weight, load_rows, save_rows
 
 PRUNED = "pruned"  # folder of a run's network before training
@@ -166,18 +167,46 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
     if hours is None:
         hours = sum(float(line) for line in (out / "hours.txt").read_text().split())
     dataset = DATASETS[RECIPES[run.recipe].dataset]
-    content = save(to_half(saved["state_dict"]))  # no metadata: equal tensors give equal bytes
-
     args, pruning = read_pruned(run, out)
     model = timm.create_model(run.model, num_classes=dataset.num_classes, **args)
+    model.load_state_dict(saved["state_dict"])
+    network = (run.weight, model, args, neutral_command(run), pruning)
+    row = file_weight(*network, run, data, out, root, hours)
+    if run.condenses:
+        arch, _, tag = run.weight.partition(".")
+        model.load_state_dict(load((root / "weights" / run.weight / "model.safetensors").read_bytes()))
+        name, command = (
+            f"{arch}.{CONDENSED}{tag}",
+            f"{row.command} && chanzoo condense {run.weight} -o FOLDER",
+        )
+        small = condense(model.eval())
+        file_weight(name, small, {**args, "condensed": True}, command, {}, run, data, out, root, hours)
+    return row
+
+
+def file_weight(
+    name: str,
+    model: torch.nn.Module,
+    args: dict[str, Any],
+    command: str,
+    pruning: dict[str, Any],
+    run: Run,
+    data: str,
+    out: Path,
+    root: Path,
+    hours: float,
+) -> Weight:
+    """Write one network's folder and row; its metrics are measured from the bytes that were written."""
+    dataset = DATASETS[RECIPES[run.recipe].dataset]
+    content = save(to_half(model.state_dict()))  # no metadata: equal tensors give equal bytes
     model.load_state_dict(load(content))
     result = evaluate(model, data, split="val")
     trained = read_summary(out / "summary.csv")
     row = Weight(
-        name=run.weight,
+        name=name,
         dataset=dataset.tag,
         recipe=run.recipe,
-        command=neutral_command(run),
+        command=command,
         seed=run.seed,
         hours=round(hours, 2),
         metrics={"top1": round(result.top1, 6), "top5": round(result.top5, 6)},
@@ -189,15 +218,15 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
         paper=run.paper,
         model_args=args,
     )
-    folder = root / "weights" / run.weight
-    partial = folder.with_name(f".{run.weight}.partial")
+    folder = root / "weights" / name
+    partial = folder.with_name(f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(content)
     shutil.copyfile(recipe_path(run.recipe), partial / "recipe.yaml")
     (partial / "summary.csv").write_text("\n".join(trained) + "\n")
-    evidence = {"weight": run.weight, "dataset": dataset.title, "split": "val", "images": result.images}
-    evidence |= {"sha256": row.sha256, "metrics": row.metrics, "command": f"chanzoo eval {run.weight} DATA"}
+    evidence = {"weight": name, "dataset": dataset.title, "split": "val", "images": result.images}
+    evidence |= {"sha256": row.sha256, "metrics": row.metrics, "command": f"chanzoo eval {name} DATA"}
     evidence |= {"pruning": pruning} if pruning else {}
     (partial / "eval.json").write_text(json.dumps(evidence, indent=1) + "\n")
     (partial / "notes.md").write_text(notes(row, trained) + pruning_notes(run, pruning))

@@ -132,6 +132,61 @@ FAMILIES = (
             ("ResNet-50, 2.26 G MACs", "ImageNet-1k", "75.56", "authors' repository"),
         ),
     ),
+    Family(
+        title="CondenseNet and CondenseNet V2",
+        tag="condensenet",
+        archs=(
+            *("condensenetv2_a", "condensenetv2_b", "condensenetv2_c"),
+            *("condensenetv2_cifar110", "condensenetv2_cifar146"),
+            *("condensenet_cifar50", "condensenet_cifar62", "condensenet_cifar74", "condensenet_cifar86"),
+        ),
+        text="Yang et al., *CondenseNet V2: Sparse Feature Reactivation for Deep Networks* (CVPR 2021, "
+        "arXiv:2104.04382), and Huang et al., *CondenseNet* (CVPR 2018, arXiv:1711.09224), the first version, "
+        "without reactivation. They drop connections in the first half of training; `condensed` in a tag says "
+        "that masks have become small grouped convolutions, with the same outputs. No configuration was "
+        "published for V2 on CIFAR: `condensenetv2_cifar110` and `146` are rebuilt from the published sizes. "
+        "`condensenet_cifar62` is a depth of our own, whose cost is that of `condensenetv2_cifar110`. Our runs "
+        "are short (24 epochs; the authors train 300 and more).",
+        citation="""\
+@inproceedings{yang2021condensenet,
+  title     = {CondenseNet V2: Sparse Feature Reactivation for Deep Networks},
+  author    = {Yang, Le and Jiang, Haojun and Cai, Ruojin and Wang, Yulin and Song, Shiji and Huang, Gao
+               and Tian, Qi},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
+  year      = {2021}
+}""",
+        published=(
+            ("CondenseNet V2-A", "ImageNet-1k", "64.4", "authors' repository"),
+            ("CondenseNet V2-B", "ImageNet-1k", "71.9", "authors' repository"),
+            ("CondenseNet V2-C", "ImageNet-1k", "75.9", "authors' repository"),
+            ("CondenseNet V2-110", "CIFAR-10", "95.35", "authors' repository"),
+            ("CondenseNet V2-146", "CIFAR-10", "95.65", "authors' repository"),
+            ("CondenseNet-50", "CIFAR-10", "93.78", "authors' repository"),
+            ("CondenseNet-74", "CIFAR-10", "94.72", "authors' repository"),
+            ("CondenseNet-86", "CIFAR-10", "94.94", "authors' repository"),
+        ),
+        claim=(("condensenet_cifar62", "condensenetv2_cifar110"),),
+    ),
+    Family(
+        title="ShuffleNetV2 with sparse feature reactivation",
+        tag="sfr-shufflenetv2",
+        archs=(
+            *("sfr_shufflenetv2", "sfr_shufflenetv2_x0_5", "sfr_shufflenetv2_x1_5"),
+            *("shufflenetv2_x0_5", "shufflenetv2_x1_0", "shufflenetv2_x1_5"),
+        ),
+        text="Ma et al., *ShuffleNet V2* (ECCV 2018, arXiv:1807.11164), and the same with the sparse feature "
+        "reactivation of CondenseNet V2 (arXiv:2104.04382): in each unit that keeps the size of the maps, the "
+        "half that was convolved updates the half that was not. The authors published no code of it: where "
+        "the update goes follows their figure and remarks, groups and factor are ours.",
+        citation="""\
+@inproceedings{ma2018shufflenet,
+  title     = {ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design},
+  author    = {Ma, Ningning and Zhang, Xiangyu and Zheng, Hai-Tao and Sun, Jian},
+  booktitle = {European Conference on Computer Vision},
+  year      = {2018}
+}""",
+        claim=(("shufflenetv2_x0_5", "sfr_shufflenetv2_x0_5"), ("shufflenetv2_x1_0", "sfr_shufflenetv2")),
+    ),
 )
 
 

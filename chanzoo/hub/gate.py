@@ -15,7 +15,7 @@ from ..errors import UsageError, WeightsRejectedError
 from ..measure import count_macs, count_params
 from ..measure.accuracy import evaluate
 from ..recipes.check import check_recipe
-from ..recipes.table import RECIPES, RUNS
+from ..recipes.table import RECIPES, run_of
 from ..store import FILE_NAME
 from ..weights import DATASETS, Weight
 from .card import Measured
@@ -67,7 +67,7 @@ def check_evidence(row: Weight, folder: Path) -> None:
         raise _disagrees(row, "summary.csv", f"{recipe.get('epochs')} epochs", f"{len(epochs)} lines")
     if row.name not in (folder / "notes.md").read_text(encoding="utf-8"):
         raise _disagrees(row, "notes.md", f"remarks on {row.name}", "another text")
-    run = next((run for run in RUNS if run.weight == row.name), None)
+    run = run_of(row.name)
     if run is None:
         raise _disagrees(row, "its run", "a row in chanzoo/recipes/table.py", "none")
     wanted = (run.recipe, run.seed, RECIPES[run.recipe].dataset)

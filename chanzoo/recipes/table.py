@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["RECIPES", "RUNS", "Recipe", "Run"]
+__all__ = ["CONDENSED", "RECIPES", "RUNS", "Recipe", "Run", "run_of"]
+
+CONDENSED = "condensed_"  # before the tag of a weight that was trained in another form
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,9 @@ RUNS = (
     Run("shufflenetv2_x1_0.tin", "tin_100e", 0, 0.3, "gpu", _SHUFFLE),
     _pruned("narrow_cnn.ce_resnet50_half_tin", "ce_resnet50.tin", "0.5x", "tin_ft20e", 0.1, "gpu"),
 )
+
+
+def run_of(weight: str) -> Run | None:
+    """The run that made a weight; ``arch.condensed_tag`` comes of the run of ``arch.tag``."""
+    arch, _, tag = weight.partition(".")
+    return next((run for run in RUNS if run.weight == f"{arch}.{tag.removeprefix(CONDENSED)}"), None)
