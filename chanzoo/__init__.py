@@ -17,15 +17,24 @@ from torch.torch_version import TorchVersion
 if TYPE_CHECKING:
     from .compress import prune
     from .macs import count_macs, count_params
-    from .models import add_channel_equilibrium
+    from .models import add_channel_equilibrium, add_reactivation
 
-__all__ = ["__version__", "add_channel_equilibrium", "count_macs", "count_params", "list_models", "prune"]
+__all__ = [
+    "__version__",
+    "add_channel_equilibrium",
+    "add_reactivation",
+    "count_macs",
+    "count_params",
+    "list_models",
+    "prune",
+]
 
 __version__ = "0.1.0"
 
 _TIMM_FLOOR = "1.0.31"
 _LAZY = {
     "add_channel_equilibrium": "models",
+    "add_reactivation": "models",
     "count_macs": "macs",
     "count_params": "macs",
     "prune": "compress",

@@ -141,12 +141,12 @@ FAMILIES = (
             *("condensenet_cifar50", "condensenet_cifar62", "condensenet_cifar74", "condensenet_cifar86"),
         ),
         text="Yang et al., *CondenseNet V2: Sparse Feature Reactivation for Deep Networks* (CVPR 2021, "
-        "arXiv:2104.04382), and Huang et al., *CondenseNet* (CVPR 2018, arXiv:1711.09224), the first version, "
-        "without reactivation. They drop connections in the first half of training; `condensed` in a tag says "
-        "that masks have become small grouped convolutions, with the same outputs. No configuration was "
+        "arXiv:2104.04382), and Huang et al., *CondenseNet* (CVPR 2018, arXiv:1711.09224), the first version "
+        "without reactivation. They drop connections in the first half of training; `condensed` in a tag "
+        "says that masks have become small grouped convolutions, with the same outputs. No configuration was "
         "published for V2 on CIFAR: `condensenetv2_cifar110` and `146` are rebuilt from the published sizes. "
-        "`condensenet_cifar62` is a depth of our own, whose cost is that of `condensenetv2_cifar110`. Our runs "
-        "are short (24 epochs; the authors train 300 and more).",
+        "`condensenet_cifar62` is a depth of our own, whose cost is that of `condensenetv2_cifar110`. Our "
+        "runs are short (24 epochs; the authors train 300 and more).",
         citation="""\
 @inproceedings{yang2021condensenet,
   title     = {CondenseNet V2: Sparse Feature Reactivation for Deep Networks},
@@ -175,8 +175,8 @@ FAMILIES = (
             *("shufflenetv2_x0_5", "shufflenetv2_x1_0", "shufflenetv2_x1_5"),
         ),
         text="Ma et al., *ShuffleNet V2* (ECCV 2018, arXiv:1807.11164), and the same with the sparse feature "
-        "reactivation of CondenseNet V2 (arXiv:2104.04382): in each unit that keeps the size of the maps, the "
-        "half that was convolved updates the half that was not. The authors published no code of it: where "
+        "reactivation of CondenseNet V2 (arXiv:2104.04382): in each unit that keeps the size of the maps, "
+        "the half that was convolved updates the half that was not. The authors published no code of it: where "
         "the update goes follows their figure and remarks, groups and factor are ours.",
         citation="""\
 @inproceedings{ma2018shufflenet,

@@ -10,12 +10,15 @@ from . import (
     condensenet,
     hrank,
     narrow,
+    shufflenetv2,
 )
 from ._saved import check_folder
 from .insert import add_channel_equilibrium
+from .reactivate import add_reactivation
 
 __all__ = [
     "add_channel_equilibrium",
+    "add_reactivation",
     "ce_mobilenetv2",
     "ce_resnet",
     "check_folder",
@@ -26,4 +29,5 @@ __all__ = [
     "condensenet",
     "hrank",
     "narrow",
+    "shufflenetv2",
 ]

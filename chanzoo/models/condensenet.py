@@ -195,7 +195,10 @@ class CondenseNet(StagedNet):
             name = f"stage{i + 1}"
             parts[name] = nn.Sequential(layers)
             self.feature_info.append(dict(num_chs=channels, reduction=self.stem_stride * 2**i, module=name))
-        parts |= {"norm": norm(channels, **place), "act": act()}  # not in place: checkpointing saves its input
+        parts |= {
+            "norm": norm(channels, **place),
+            "act": act(),
+        }  # not in place: checkpointing saves its input
         self.feature_info[-1]["module"] = "act"
         return parts
 

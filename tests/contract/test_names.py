@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import chanzoo
 from chanzoo.weights import WEIGHTS
@@ -75,3 +76,19 @@ def test_list_models_takes_a_glob() -> None:
     assert chanzoo.list_models("cifar_resnet2*") == ["cifar_resnet20"]
     assert chanzoo.list_models("resnet50") == []
     assert "resnet50" in timm.list_models()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_gives_the_gradients_of_the_plain_network(name: str) -> None:
+    if name == "narrow_cnn":
+        pytest.skip("it is other networks, by their names")
+    size = min(64, timm.get_pretrained_cfg(name).input_size[-1])
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=3).train()
+        model.set_grad_checkpointing(enable)
+        model(torch.randn(2, 3, size, size)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)

@@ -14,6 +14,7 @@ from chanzoo.layers.condense import condensing_stage, learned_layers
 from chanzoo.macs import count_params
 from chanzoo.models import condensenet_authors
 from chanzoo.models.condensenet import CondenseNet
+from chanzoo.models.shufflenetv2 import VARIANTS, ShuffleNetV2
 
 _ACTS = {"ReLU": "relu", "HS": "hard_swish"}
 
@@ -237,3 +238,32 @@ def train_run(case: Any) -> dict[str, Tensor]:
     ours["output/final_weight/classifier"] = network.fc.weight
     ours["output/final_weight/stem"] = network.stem.weight
     return ours
+
+
+def sfr_shufflenetv2(case: Any) -> dict[str, Tensor]:
+    """ShuffleNet V2 with reactivation: torchvision's units with the authors' layer, in both forms."""
+    options = VARIANTS[case.spec["model"]]
+    network = ShuffleNetV2(**options)
+    state = {key.replace("sfr.conv.weight", "sfr.weight"): value for key, value in case.state.items()}
+    layers = learned_layers(network)
+    known = {
+        f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in ("mask", "stage")
+    }
+    network.load_state_dict({**known, "progress.train_step": torch.tensor(0), **state})
+    network.double().eval()
+    if count_params(network) != case.spec["params"]:
+        raise ValueError(f"{count_params(network)} parameters")
+    sizes = [
+        [name, "SFR", layer.in_channels, layer.out_channels, layer.groups, layer.condensation_factor]
+        for name, layer in layers.items()
+    ]
+    assert sizes == case.spec["layers"]
+    for layer in layers.values():
+        layer.condense_to(layer.condensation_factor - 1)
+    small = ShuffleNetV2(**options, condensed=True).double().eval()
+    small.load_state_dict(condense(network).state_dict())
+    ours = _outputs(network, case.x)
+    condensed = _outputs(small, case.x)
+    for name, value in ours.items():
+        assert (condensed[name] - value).abs().max() <= 1e-12 * value.abs().max(), name
+    return {**ours, **{f"output/mask/{name}": layer.mask for name, layer in layers.items()}}

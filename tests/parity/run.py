@@ -252,6 +252,7 @@ KINDS: tuple[tuple[str, Callable[[Case], dict[str, Tensor]], float], ...] = (
     (r"model\b", condense_cases.model, DOUBLE_TOLERANCE),
     (r"model_converted_checkpoint\b", condense_cases.converted_checkpoint, DOUBLE_TOLERANCE),
     (r"train_run\b", condense_cases.train_run, DOUBLE_TOLERANCE),
+    (r"sfr_shufflenetv2\b", condense_cases.sfr_shufflenetv2, DOUBLE_TOLERANCE),
 )
 # Expected tensors that document the reference's own slips: nothing of ours corresponds to them.
 SLIPS = {"transfer": ("output",)}
