@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,7 +223,7 @@ def test_a_run_that_is_longer_or_shorter_than_said_is_noticed(caplog: pytest.Log
 
 @pytest.mark.parametrize("total", [0, -3, 2.5, True, "many"])
 def test_a_number_of_steps_that_is_none(total: object) -> None:
-    with pytest.raises(UsageError, match="total_steps=.*expected a whole number above 0"):
+    with pytest.raises(UsageError, match=r"total_steps=.*expected a whole number above 0"):
         CondensingProgress(total)
 
 
@@ -291,3 +295,33 @@ def test_what_cannot_be_condensed_is_named() -> None:
     model.conv.condense_to(3)
     with pytest.raises(UsageError, match='layer "sfr" cannot be condensed: group 0 of 2 has 16 of 16'):
         condense(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_processes_that_train_together_drop_the_same(broadcast: bool, tmp_path: Path) -> None:
+    worker, root = Path(__file__).with_name("condense_worker.py"), Path(__file__).parents[3]
+    command = [sys.executable, str(worker)]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path), str(broadcast)],
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for process in workers:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error.decode()[-2000:]
+    ranks = [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(2)]
+    for step, (one, other) in enumerate(zip(*ranks, strict=True)):
+        for (state, average), (its_state, its_average) in [(one, other)]:
+            masks = [key for key in state if key.endswith((".mask", ".stage", "train_step"))]
+            assert int(state["progress.train_step"]) == step + 1
+            assert {int(state[key]) for key in masks if key.endswith(".stage")} == {min(step, 7)}
+            for key in masks:
+                assert torch.equal(state[key], its_state[key]), key
+                assert torch.equal(state[key], average[key]) and torch.equal(average[key], its_average[key])
+            for key, value in state.items():
+                if "running" not in key and "num_batches" not in key:
+                    assert torch.equal(value, its_state[key]), key
