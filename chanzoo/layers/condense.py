@@ -130,6 +130,10 @@ class CondensingProgress(nn.Module):
         assert self._end is not None
         self._end["step"] = self._step
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what comes: a container (``Sequential``, timm's ``features_only``) runs all its parts."""
+        return x
+
     def train(self, mode: bool = True) -> "CondensingProgress":
         """Set the mode; the end of an epoch shows whether ``total_steps`` is a number of epochs."""
         if self.training and not mode and self._step is not None and self.total_steps:
@@ -200,14 +204,14 @@ def follow_progress(model: nn.Module, total_steps: int | None) -> None:
     progress = CondensingProgress(total_steps, device).train(model.training)
     if earlier is not None:
         progress.load_state_dict(earlier.state_dict())
-    else:
+    elif not hasattr(model, "progress"):  # else its class counts as soon as it has something to count with
         model.register_forward_pre_hook(_tick)
     model.progress = progress
 
 
 def _tick(model: nn.Module, _args: Any) -> None:
     progress: Any = model.progress
-    if progress is not None:  # it goes when the network is condensed
+    if isinstance(progress, CondensingProgress) and model.training:  # it goes when the network is condensed
         progress.tick(model)
 
 
@@ -255,8 +259,13 @@ def condense(model: nn.Module) -> nn.Module:
             raise UsageError(
                 f'layer "{name}" cannot be condensed: {error}\n  The network is unchanged.'
             ) from error
-    memo: dict[int, Any] = {id(m): None for m in model.modules() if isinstance(m, CondensingProgress)}
-    network: Any = copy.deepcopy(model, {**small, **memo})
+    memo: dict[int, Any] = dict(small)
+    for parent in model.modules():
+        runs_all = isinstance(parent, (nn.Sequential, nn.ModuleDict))  # and could not run None
+        for part in parent.children():
+            if isinstance(part, CondensingProgress):
+                memo[id(part)] = nn.Identity() if runs_all else None
+    network: Any = copy.deepcopy(model, memo)
     if callable(note := getattr(network, "note_condensed", None)):
         note()
     return network

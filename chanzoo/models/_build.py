@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
 from ..errors import UsageError
+from ..layers.condense import CondensingProgress, follow_progress, learned_layers
 from ..store import find_local, load_tensors, locate, parse_tensors, row_for, widen
 from ..weights import DATASETS, IMAGENET_MEAN, IMAGENET_STD, weights_of
 from ._saved import check_config, check_network, read_saved
@@ -129,6 +130,11 @@ def build(
         feature_cfg=dict(out_indices=feature_levels, flatten_sequential=flatten_sequential),
         **{**(defaults or {}), **row_args, **kwargs},
     )
+    counts = any(isinstance(module, CondensingProgress) for module in model.modules())
+    if kwargs.get("total_steps") and not counts and learned_layers(model):
+        follow_progress(
+            model, kwargs["total_steps"]
+        )  # timm's wrapper for features has left behind what counts
     for holder in (model, getattr(model, "model", None)):  # a feature wrapper keeps the network inside
         if isinstance(cfg := getattr(holder, "pretrained_cfg", None), dict):
             cfg.pop("state_dict", None)

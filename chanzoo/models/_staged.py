@@ -170,8 +170,9 @@ class StagedNet(nn.Module):
     @torch.jit.ignore()
     def note_condensed(self) -> None:
         """Called when the layers were condensed: from now on the network is built with ``condensed=True``."""
-        self.condensed = True
-        update_model_args(self, condensed=True)
+        if hasattr(self, "condensed"):  # else it got its layers by hand, and no arguments build it
+            self.condensed = True
+            update_model_args(self, condensed=True)
 
     @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:

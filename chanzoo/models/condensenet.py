@@ -318,12 +318,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    saved = kwargs.get("pretrained_model_args") or {}
+    depths = kwargs.get("depths") or saved.get("depths") or VARIANTS[name]["depths"]
     return build(
         CondenseNet,
         name,
         pretrained,
         defaults={"num_classes": 10 if name in _SMALL else 1000, **VARIANTS[name]},
-        feature_levels=tuple(range(len(VARIANTS[name]["depths"]))),
+        feature_levels=tuple(range(len(depths))),
         **kwargs,
     )
 

