@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..layers import CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation
 from ..models.hrank import HRANK_NAMES, widths_of_rates
 from .cost import Ledger
 from .groups import Group, Slot, find_groups
@@ -32,6 +33,7 @@ from .surgery import Masks, check_same, masks_of, narrowed, tried, widths_of
 __all__ = ["Budget", "Pruned", "cut", "keep_counts", "prunable", "prune"]
 
 _NOTHING = "Nothing was pruned."
+_CHOOSES = (CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation)
 _MOST = 1 - 1e-9  # the highest rate of the search
 _STEPS, _MEASURED_STEPS = 12, 7  # halvings of the search: a four-thousandth, a hundredth
 
@@ -275,6 +277,12 @@ def prunable(
     """
     if align not in ("group", "inner"):
         raise UsageError(f'align="{align}": expected "group", "inner" or "own".\n  {_NOTHING}')
+    for name, module in model.named_modules():
+        if isinstance(module, _CHOOSES):
+            raise UsageError(
+                f'layer "{name}" of {_name(model)} ({type(module).__name__}) chooses its connections itself: '
+                f"its channels cannot be removed.\n  {_NOTHING}   Condense the network instead: chanzoo condense"
+            )
     groups = []
     for group in find_groups(model, size):
         reason = group.reason

@@ -209,10 +209,10 @@ def follow_progress(model: nn.Module, total_steps: int | None) -> None:
     model.progress = progress
 
 
-def _tick(model: nn.Module, _args: Any) -> None:
-    progress: Any = model.progress
+def _tick(model: Any, _args: Any) -> None:
+    progress = model.progress
     if isinstance(progress, CondensingProgress) and model.training:  # it goes when the network is condensed
-        progress.tick(model)
+        progress.tick(model)  # pyright: ignore[reportCallIssue]  # it takes torch's decorator for a class
 
 
 @torch.no_grad()

@@ -78,11 +78,16 @@ def test_list_models_takes_a_glob() -> None:
     assert "resnet50" in timm.list_models()
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("cifar_resnet20", "cifar_densenet40", "condensenet_cifar50", "shufflenetv2_x0_5")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
+)
 def test_checkpointing_gives_the_gradients_of_the_plain_network(name: str) -> None:
     if name == "narrow_cnn":
         pytest.skip("it is other networks, by their names")
-    size = min(64, timm.get_pretrained_cfg(name).input_size[-1])
+    size = 32 if "cifar" in name else 64
     gradients = []
     for enable in (False, True):
         torch.manual_seed(0)

@@ -517,3 +517,10 @@ def test_layer_masks_refuse_what_is_not_known() -> None:
         layer_masks("hrank_cifar_resnet56", {}, [0.5] * 30)
     with pytest.raises(UsageError, match="no rank vectors"):
         authors_vectors("resnet18")
+
+
+@pytest.mark.parametrize("condensed", [False, True])
+def test_networks_that_choose_their_connections_are_refused(condensed: bool) -> None:
+    model = timm.create_model("condensenetv2_cifar110", condensed=condensed)
+    with pytest.raises(UsageError, match=r'layer "stage1\.0\.conv1" of .*chooses its connections itself'):
+        prune(model, method="l1", macs=0.5)
