@@ -281,7 +281,7 @@ def prunable(
         if isinstance(module, _CHOOSES):
             raise UsageError(
                 f'layer "{name}" of {_name(model)} ({type(module).__name__}) chooses its connections itself: '
-                f"its channels cannot be removed.\n  {_NOTHING}   Condense the network instead: chanzoo condense"
+                f"its channels cannot be removed.\n  {_NOTHING}   See: chanzoo condense --help"
             )
     groups = []
     for group in find_groups(model, size):

@@ -497,7 +497,9 @@ class CondensedReactivation(nn.Module):
             new ``(b, in, h, w)``, old ``(b, out, h, w)`` → like old.
         """
         new = channel_shuffle(self.act(self.norm(new)), self.in_channels // self.groups)
-        return old.index_add(1, self.index, F.conv2d(new, self.weight, groups=self.groups))
+        update = F.conv2d(new, self.weight, groups=self.groups)
+        # Into zeros, not into the old maps: torch's ONNX export takes an index 0, 1, 2, … for an assignment.
+        return old + torch.zeros_like(old, dtype=update.dtype).index_add(1, self.index, update)
 
 
 def _check_divides(*rules: tuple[str, int, str, int]) -> None:

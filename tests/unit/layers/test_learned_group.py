@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,3 +229,30 @@ def test_an_index_may_add_twice() -> None:
     z = layer.act(layer.norm(new))
     expected = z[:, 0] * one[0] + z[:, 2] * one[1] + z[:, 1] * other[0] + z[:, 3] * other[1]
     torch.testing.assert_close(update[:, 1], expected)
+
+
+def test_old_maps_of_another_type_are_promoted() -> None:
+    masked = SparseReactivation(4, 8, 2)
+    masked.condense_to(1)
+    small = masked.condensed()
+    new, old = torch.randn(1, 4, 3, 3), torch.randn(1, 8, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        one, other = masked.train()(new, old), small.train()(new, old)
+    assert one.dtype == other.dtype == torch.float32
+    torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter, about itself
+def test_an_index_in_order_survives_onnx(tmp_path: Path, shuffled: bool) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    layer = CondensedReactivation(8, 16, 8).eval()
+    if shuffled:
+        layer.index.copy_(torch.randint(16, (16,)))
+    inputs = (torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4))
+    torch.onnx.export(layer, inputs, tmp_path / "layer.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "layer.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    found = session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0]
+    torch.testing.assert_close(torch.from_numpy(found), layer(*inputs), rtol=1e-4, atol=1e-5)
