@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 if TYPE_CHECKING:
     from .compress import prune
+    from .layers import condense
     from .macs import count_macs, count_params
     from .models import add_channel_equilibrium, add_reactivation
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "add_channel_equilibrium",
     "add_reactivation",
+    "condense",
     "count_macs",
     "count_params",
     "list_models",
@@ -35,6 +37,7 @@ _TIMM_FLOOR = "1.0.31"
 _LAZY = {
     "add_channel_equilibrium": "models",
     "add_reactivation": "models",
+    "condense": "layers",
     "count_macs": "macs",
     "count_params": "macs",
     "prune": "compress",

@@ -31,7 +31,7 @@ from convert_ce import read_authors
 from chanzoo.errors import ChanzooError, UsageError
 from chanzoo.hub.folders import Source, read_saved
 from chanzoo.hub.saved import network_files
-from chanzoo.layers.condense import learned_layers
+from chanzoo.layers.condensing import learned_layers
 from chanzoo.macs import count_params
 from chanzoo.models.condensenet import VARIANTS, CondenseNet
 from chanzoo.models.condensenet_authors import find_variant, from_authors, to_authors

@@ -152,7 +152,7 @@ def _measure(args: argparse.Namespace, model: nn.Module, small: nn.Module) -> di
     from timm.utils.model import reparameterize_model
 
     from ..hub.saved import input_size_of
-    from ..layers.condense import learned_layers
+    from ..layers.condensing import learned_layers
     from ..macs import count_macs, count_params
     from ..measure.accuracy import evaluate
     from ..measure.latency import measure_latency

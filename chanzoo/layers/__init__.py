@@ -1,6 +1,6 @@
 """Layers: tensors in, tensors out. They import torch and ``timm.layers`` only."""
 
-from .condense import condense
+from .condensing import condense
 from .decorrelation import BatchDecorrelation, inverse_sqrt
 from .equilibrium import ChannelEquilibrium, EquilibriumAct, EquilibriumConv2d, MergedEquilibrium
 from .learned_group import CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation

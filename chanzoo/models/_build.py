@@ -10,7 +10,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
 from ..errors import UsageError
-from ..layers.condense import CondensingProgress, follow_progress, learned_layers
+from ..layers.condensing import CondensingProgress, follow_progress, learned_layers
 from ..store import find_local, load_tensors, locate, parse_tensors, row_for, widen
 from ..weights import DATASETS, IMAGENET_MEAN, IMAGENET_STD, weights_of
 from ._saved import check_config, check_network, read_saved

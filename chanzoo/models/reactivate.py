@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers._trial import ghost_of
-from ..layers.condense import CondensingProgress, follow_progress
+from ..layers.condensing import CondensingProgress, follow_progress
 from ..layers.learned_group import CondensedReactivation, SparseReactivation
 from .condensenet import CondensingLayer
 from .shufflenetv2 import ShuffleUnit
@@ -53,7 +53,7 @@ def add_reactivation(
 
     The convolutions of the layers start with zeros, which have a gradient: at first the network computes what
     it did. So load pretrained weights before this call, and weights of the changed network after the same
-    call on a fresh one. When trained, :func:`chanzoo.layers.condense` makes the condensed form. The random
+    call on a fresh one. When trained, :func:`chanzoo.condense` makes the condensed form. The random
     state is left as it was. In modules that are not ours a hook runs the layer, which cannot be scripted.
 
     Args:

@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..layers.condense import CondensingProgress
+from ..layers.condensing import CondensingProgress
 from ..layers.learned_group import CondensedReactivation, SparseReactivation
 from ..layers.shuffle import channel_shuffle
 from ._build import arch_cfgs, build, imagenet_cfg

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import chanzoo
-from chanzoo.layers.condense import condense, learned_layers
+from chanzoo.layers.condensing import condense, learned_layers
 from chanzoo.measure.reuse import measure_reuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -10,7 +10,7 @@ from fill import fill_tensor
 from torch import Tensor, nn
 
 from chanzoo.layers import CondensedConv2d, LearnedGroupConv2d, SparseReactivation, condense
-from chanzoo.layers.condense import condensing_stage, learned_layers
+from chanzoo.layers.condensing import condensing_stage, learned_layers
 from chanzoo.macs import count_params
 from chanzoo.models import condensenet_authors
 from chanzoo.models.condensenet import CondenseNet

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-from chanzoo.layers.condense import condensing_stage
+from chanzoo.layers.condensing import condensing_stage
 from chanzoo.recipes.check import recipe_path
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import nn
 
 import chanzoo
 from chanzoo.errors import UsageError
-from chanzoo.layers.condense import condense, is_condensed, learned_layers
+from chanzoo.layers.condensing import condense, is_condensed, learned_layers
 from chanzoo.models import condensenet_authors
 from chanzoo.models.condensenet import VARIANTS, CondenseNet
 

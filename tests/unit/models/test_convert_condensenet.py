@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 from convert_condensenet import convert, main  # pyright: ignore[reportMissingImports]
 
 from chanzoo.errors import UsageError
-from chanzoo.layers.condense import condense, learned_layers
+from chanzoo.layers.condensing import condense, learned_layers
 from chanzoo.models.condensenet_authors import to_authors
 
 LAYER = "features.denseblock_1.denselayer_1."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import chanzoo
 from chanzoo.errors import UsageError
 from chanzoo.layers import SparseReactivation, condense
-from chanzoo.layers.condense import learned_layers
+from chanzoo.layers.condensing import learned_layers
 from chanzoo.models import add_reactivation
 
 

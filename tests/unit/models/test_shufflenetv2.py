@@ -13,7 +13,7 @@ from torch import nn
 import chanzoo
 from chanzoo.errors import UsageError
 from chanzoo.layers import condense
-from chanzoo.layers.condense import learned_layers
+from chanzoo.layers.condensing import learned_layers
 from chanzoo.models.shufflenetv2 import VARIANTS, ShuffleNetV2
 
 # Parameters and multiply-adds at 224×224: plain, in the form to train, condensed.

@@ -17,7 +17,7 @@ from torch import nn
 import chanzoo  # noqa: F401  # registers the networks
 from chanzoo.errors import UsageError
 from chanzoo.layers import LearnedGroupConv2d, SparseReactivation, condense
-from chanzoo.layers.condense import (
+from chanzoo.layers.condensing import (
     CondensingProgress,
     condensing_stage,
     follow_progress,
@@ -300,7 +300,7 @@ def test_what_cannot_be_condensed_is_named() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_processes_that_train_together_drop_the_same(broadcast: bool, tmp_path: Path) -> None:
-    worker, root = Path(__file__).with_name("condense_worker.py"), Path(__file__).parents[3]
+    worker, root = Path(__file__).with_name("condensing_worker.py"), Path(__file__).parents[3]
     command = [sys.executable, str(worker)]
     workers = [
         subprocess.Popen(

@@ -1,6 +1,6 @@
-"""One of several processes that train a network which condenses; see test_condense.py.
+"""One of several processes that train a network which condenses; see test_condensing.py.
 
-``condense_worker.py RANK WORLD FOLDER BROADCAST``: trains on its own images, averaged weights beside it, and
+``condensing_worker.py RANK WORLD FOLDER BROADCAST``: trains on its own images, averages beside it, and
 writes both states after every step to ``FOLDER/out<rank>.pt``.
 """
 
