@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers.condensing import CondensingProgress
+from ..layers.fused_dense import FusedStage, can_fuse
 from ..layers.learned_group import (
     CondensedConv2d,
     CondensedReactivation,
@@ -31,7 +32,7 @@ from ..layers.learned_group import (
 from ._build import arch_cfgs, build, cifar_cfg, imagenet_cfg
 from ._staged import StagedNet
 
-__all__ = ["VARIANTS", "CondenseNet", "CondensingLayer"]
+__all__ = ["VARIANTS", "CondenseNet", "CondensingLayer", "DenseStage"]
 
 _STAGES = 5
 
@@ -71,6 +72,27 @@ class CondensingLayer(nn.Module):
         if self.sfr is not None:
             x = self.sfr(new, x)
         return torch.cat([x, new], dim=1)
+
+
+class DenseStage(nn.Sequential):
+    """Layers of a dense network in a row, with pooling in front of all stages but the first.
+
+    Attributes:
+        is_portable: Whether :meth:`fuse` leaves it as it is: exporters want no writing into a tensor.
+    """
+
+    is_portable = False
+
+    @torch.jit.ignore()
+    def fuse(self) -> nn.Module:
+        """The stage in its fastest form for inference; called by ``timm.utils.reparameterize_model``.
+
+        A stage with masks, or with layers that cannot be folded, stays as it is.
+        """
+        layers = [layer for layer in self if isinstance(layer, CondensingLayer)]
+        if self.is_portable or not all(can_fuse(layer) for layer in layers):
+            return self
+        return FusedStage(layers, "pool" in self._modules).eval()
 
 
 class CondenseNet(StagedNet):
@@ -193,7 +215,7 @@ class CondenseNet(StagedNet):
                     raise UsageError(f"layer {j} of stage {i + 1}: {error}") from error
                 channels += growth
             name = f"stage{i + 1}"
-            parts[name] = nn.Sequential(layers)
+            parts[name] = DenseStage(layers)
             self.feature_info.append(dict(num_chs=channels, reduction=self.stem_stride * 2**i, module=name))
         parts |= {
             "norm": norm(channels, **place),
