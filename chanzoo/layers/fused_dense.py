@@ -58,7 +58,7 @@ class FusedStage(nn.Module):
         super().__init__()
         self.has_pool = has_pool
         self.layers = nn.ModuleList([FusedLayer(layer) for layer in layers])
-        self.growth = sum(layer.growth for layer in self.layers)  # pyright: ignore
+        self.growth = sum(layer.conv2.out_channels for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage.
@@ -80,12 +80,20 @@ class FusedStage(nn.Module):
         maps = x.new_empty(b, channels + self.growth, h, w)
         maps[:, :channels] = x
         for layer in self.layers:
-            channels = layer.write(maps, channels)  # pyright: ignore
+            channels = layer.write(maps, channels)  # pyright: ignore[reportCallIssue]
         return maps
 
 
 class FusedLayer(nn.Module):
     """One layer; see the module's text."""
+
+    index: Tensor
+    weight: Tensor
+    bias: Tensor
+    kernel: Tensor
+    sfr_index: Tensor
+    sfr_weight: Tensor
+    sfr_bias: Tensor
 
     def __init__(self, layer: Any) -> None:
         """Fold norms into weights."""
@@ -139,6 +147,11 @@ class FusedLayer(nn.Module):
 
 class _Entry(nn.Module):
     """Norm and activation in front of a linear map, in place; scale and shift go to the map if they can."""
+
+    scale: Tensor
+    shift: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
