@@ -6,7 +6,6 @@ outputs of the network as it was before folding; only then does the file get its
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -28,7 +27,6 @@ from torch import Tensor, nn
 from ..errors import ChanzooError, UsageError
 from ..layers.equilibrium import ChannelEquilibrium
 from ..measure.images import data_config
-from ..models.condensenet import DenseStage
 
 __all__ = ["FORMATS", "TOLERANCE", "Exported", "Format", "Trial", "check_target", "export_network"]
 
@@ -208,7 +206,7 @@ def export_network(
     expected = [_outputs(model, x, text) for x, text in zip(images, advice, strict=True)]
 
     facts = {**config, "input_size": (channels, height, width), **(metadata or {})}
-    folded = _folded(model) if fold else model
+    folded = reparameterize_model(model) if fold else model
     with _partial(path) as partial, _quiet():
         report(0, _STEPS)
         try:
@@ -325,15 +323,6 @@ def _outputs(model: nn.Module, x: Tensor, advice: str) -> Tensor:
             "  Nothing was exported."
         )
     return out
-
-
-def _folded(model: nn.Module) -> nn.Module:
-    """A copy with folded norms; dense stages keep the form that can be exported."""
-    folded = copy.deepcopy(model)
-    for module in folded.modules():
-        if isinstance(module, DenseStage):
-            module.is_portable = True
-    return reparameterize_model(folded, inplace=True)
 
 
 def _trace(model: nn.Module, channels: int, size: tuple[int, int], dynamic_size: bool) -> Any:

@@ -75,13 +75,7 @@ class CondensingLayer(nn.Module):
 
 
 class DenseStage(nn.Sequential):
-    """Layers of a dense network in a row, with pooling in front of all stages but the first.
-
-    Attributes:
-        is_portable: Whether :meth:`fuse` leaves it as it is: exporters want no writing into a tensor.
-    """
-
-    is_portable = False
+    """Layers of a dense network in a row, with pooling in front of all stages but the first."""
 
     @torch.jit.ignore()
     def fuse(self) -> nn.Module:
@@ -90,9 +84,9 @@ class DenseStage(nn.Sequential):
         A stage with masks, or with layers that cannot be folded, stays as it is.
         """
         layers = [layer for layer in self if isinstance(layer, CondensingLayer)]
-        if self.is_portable or not all(can_fuse(layer) for layer in layers):
+        if not can_fuse(layers):
             return self
-        return FusedStage(layers, "pool" in self._modules).eval()
+        return FusedStage(layers, "pool" in self._modules).train(self.training)
 
 
 class CondenseNet(StagedNet):
