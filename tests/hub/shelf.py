@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from chanzoo import store, weights
-from chanzoo.hub import gate
 from chanzoo.measure import count_macs, count_params
 from chanzoo.measure.accuracy import evaluate
+from chanzoo.recipes import table
 from chanzoo.recipes.check import recipe_path
 from chanzoo.recipes.table import RECIPES, Run
 from chanzoo.weights import Weight, save_rows
@@ -71,7 +71,7 @@ def make_shelf(root: Path, images: Path, patch: pytest.MonkeyPatch) -> Shelf:
     result = evaluate(model, images)
     recipe = next(name for name, row in RECIPES.items() if row.dataset == "c10j")
     run = Run(NAME, recipe, 0, 1.0, "cpu", "arXiv:1512.03385")
-    patch.setattr(gate, "RUNS", (run,))
+    patch.setattr(table, "RUNS", (run,))
     row = Weight(
         name=NAME,
         dataset="c10j",
