@@ -177,6 +177,8 @@ def seed_table(rows: list[Weight]) -> str:
         values = [100 * row.metrics["top1"] for row in group]
         each = ", ".join(f"{value:.2f}" for value in values)
         seeds = ", ".join(str(row.seed) for row in group)
+        if "--pretrained" in group[0].command:
+            recipe += ", from the trained network"
         lines.append(
             f"| `{arch}` | {dataset} | {recipe} | {seeds} | {each} | {statistics.mean(values):.2f} |"
         )
