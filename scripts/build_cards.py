@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
 from chanzoo.hub.families import FAMILIES, Family
 from chanzoo.recipes.check import wanted
 from chanzoo.recipes.table import CONDENSED, RECIPES
@@ -196,12 +199,23 @@ def claim(baseline: str, method: str) -> str:
             continue
         gains = [100 * (ours.metrics["top1"] - plain.metrics["top1"]) for plain, ours in pairs]
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
+        alike = ", initial weights and data order" if start_alike(baseline, method) else ""
         sentences.append(
-            f"- `{method}` against `{baseline}` on {dataset}, recipe {recipe}, same seeds, initial weights "
-            f"and data order: {each} points of top-1 (mean {statistics.mean(gains):+.2f} over {len(gains)} "
+            f"- `{method}` against `{baseline}` on {dataset}, recipe {recipe}, same seeds{alike}: {each} "
+            f"points of top-1 (mean {statistics.mean(gains):+.2f} over {len(gains)} "
             f"seed{'s' if len(gains) > 1 else ''})."
         )
     return "\n".join(sentences)
+
+
+def start_alike(*archs: str) -> bool:
+    """Whether architectures draw the same random numbers when they are built, so that training does too."""
+    states = []
+    for arch in archs:
+        torch.manual_seed(0)
+        timm.create_model(arch)
+        states.append(torch.get_rng_state())
+    return all(torch.equal(state, states[0]) for state in states)
 
 
 def card(row: Weight) -> str:
