@@ -146,7 +146,7 @@ FAMILIES = (
         "says that masks have become small grouped convolutions, with the same outputs. No configuration was "
         "published for V2 on CIFAR: `condensenetv2_cifar110` and `146` are rebuilt from the published sizes. "
         "`condensenet_cifar62` is a depth of our own, whose cost is that of `condensenetv2_cifar110`. Our "
-        "runs are short (24 epochs; the authors train 300 and more).",
+        "runs are short (12 and 24 epochs; the authors train 300 and more).",
         citation="""\
 @inproceedings{yang2021condensenet,
   title     = {CondenseNet V2: Sparse Feature Reactivation for Deep Networks},
