@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,28 @@ def train(run: Run, data: str, out: Path) -> None:
     if checkpoint := newest_checkpoint(out):
         command += ["--resume", str(checkpoint)]
     print(f"{run.weight}: {'resuming' if checkpoint else 'starting'}, log in {out / 'log.txt'}", flush=True)
-    start = time.time()
-    try:
-        with (out / "log.txt").open("a") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    finally:
-        with (out / "hours.txt").open("a") as hours:
-            hours.write(f"{(time.time() - start) / 3600:.4f}\n")
+    with (out / "log.txt").open("a") as log:
+        code = run_timed(command, log, out / "hours.txt")
     if code:
         raise ChanzooError(
             f"the train script ended with {code}: see {out / 'log.txt'}. Run this again to resume."
         )
+
+
+def run_timed(command: list[str], log: Any, hours: Path) -> int:
+    """Run a command to its end; a line of ``hours`` grows meanwhile, so that being killed loses a minute."""
+    earlier = hours.read_text() if hours.exists() else ""
+    start = time.time()
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        code = None
+        while code is None:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(60)
+            hours.write_text(f"{earlier}{(time.time() - start) / 3600:.4f}\n")
+        return code
+    finally:
+        process.kill()
 
 
 def newest_checkpoint(out: Path) -> Path | None:

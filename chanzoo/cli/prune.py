@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,9 @@ from .common import (
     add_model_options,
     build_model,
     check_name,
+    check_writable,
     emit,
+    human_count,
     positive,
     progress_bar,
     say,
@@ -24,7 +30,7 @@ from .inspect import write_whole
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compress import Budget, RankTable
+    from ..compress import Budget, Pruned, RankTable
     from ..measure.accuracy import Accuracy
 
 HELP = "make a trained network narrower, to a budget, by the rank of its feature maps"
@@ -44,6 +50,15 @@ found the couplings: timm.create_model("local-dir:OUT_DIR", pretrained=True). Be
 _FILES = {
     *("config.json", "model.safetensors", "report.json", "widths.csv", "widths.png"),
     *("ranks.csv", "rank_histograms.png", "rank_stability.csv", "rank_stability.png", "finetune.txt"),
+}
+_NOTHING = "Nothing was pruned."
+_MOST_SEED = 2**32 - 1  # what the train script's generators take
+# What messages of the library say: there, arguments of functions; here, options.
+_WORDS = {
+    r"(No network was built|Nothing was (measured|recorded|sent))\.": _NOTHING,
+    r"\bcompress_rate=": "--compress-rate ",
+    r"\bcompress_rate\b": "--compress-rate",
+    r'\balign="own"': "--align own",
 }
 _UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -122,19 +137,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, prune, measure, and write everything or nothing."""
-    check_arguments(args)
-    import torch
+    from .pruned import make_report, missed, saved_source, table, write
 
-    from ..compress import prune, recalibrate_norms
-    from ..measure.accuracy import evaluate
-    from .pruned import make_report, saved_source, table, write
+    with in_words_of_this_command():
+        check_arguments(args)
+        import torch
 
-    model = build_model(args.name, args).to(args.device)
-    data = Images(model, args) if args.data else None
-    target = read_target(args, model)
-    history: list[RankTable] = []
-    torch.manual_seed(args.seed)
-    with progress_bar(f"ranking the maps of {args.name}") as progress:
+        model = build_model(args.name, args).to(args.device)
+        arch, made_from = base_of(args, model)
+        data = Images(model, args) if args.data else None
+        target = read_target(args, model)
+        check_unmet(args, model, target)
+        history: list[RankTable] = []
+        torch.manual_seed(args.seed)
+        pruned = prune_it(args, model, data, target, history)
+    accuracy, recalibrated = measure(args, model, pruned.model, data)
+    report = make_report(args, model, pruned, target, accuracy, recalibrated)
+    shown = table(report)
+    source = saved_source(args, model, pruned, arch, made_from)
+    write_whole(args.output, lambda folder: write(folder, args, source, report, pruned, history))
+    emit(report, args.format == "json", ("", "full", "pruned", "share"), shown)
+    if not report["reached"]:
+        say(f"chanzoo: {missed(args, report)}")
+    say(f'chanzoo: the narrow network is timm.create_model("local-dir:{args.output}", pretrained=True)')
+    if data:
+        say(f"Fine-tune it:\n  {report['finetune']}")
+    return 0
+
+
+def prune_it(
+    args: argparse.Namespace,
+    model: nn.Module,
+    data: Images | None,
+    target: dict[str, Any],
+    history: list[RankTable],
+) -> Pruned:
+    """The narrow network; tables of ranks on the way are added to the history."""
+    from ..compress import prune
+    from ..compress.scores import saturated
+
+    with progress_bar(f"ranking the maps of {args.name}") as progress, warnings_said():
         pruned = prune(
             model,
             data.batches(args.images) if data else None,
@@ -149,73 +191,148 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             snapshot=None if args.no_plots else history.append,
         )
-    small = pruned.model
+    if pruned.ranks and saturated(pruned.ranks):
+        say("  There the cut is close to a lot.   See what weights say: --method l1, or rank more: --images N")
+    return pruned
+
+
+def measure(
+    args: argparse.Namespace, model: nn.Module, small: nn.Module, data: Images | None
+) -> tuple[dict[str, Accuracy], dict[str, int]]:
+    """Accuracy at each step, and how the norms of the narrow network were measured anew, which is done here."""
+    from ..compress import recalibrate_norms
+    from ..measure.accuracy import evaluate
+
     accuracy: dict[str, Accuracy] = {}
+    recalibrated = {"recalibrated_images": 0, "recalibrated_layers": 0}
+    if not data:
+        return accuracy, recalibrated
 
-    def measure(name: str, network: nn.Module) -> None:
-        if data:
-            with progress_bar(f"accuracy, {name}") as bar:
-                options: Any = {"batch_size": args.batch_size, "workers": args.workers}
-                accuracy[name] = evaluate(
-                    network, args.data, split=args.val_split, device=args.device, progress=bar, **options
-                )
+    def judge(name: str, network: nn.Module) -> None:
+        with progress_bar(f"accuracy, {name}") as bar:
+            options: Any = {"batch_size": args.batch_size, "workers": args.workers}
+            accuracy[name] = evaluate(
+                network, args.data, split=args.val_split, device=args.device, progress=bar, **options
+            )
 
-    measure("full", model)
-    measure("sliced", small)
-    layers = 0
-    if data and args.recalibrate:
-        with progress_bar("norms") as progress:
+    judge("full", model)
+    judge("sliced", small)
+    if args.recalibrate:
+        with progress_bar("norms") as bar:
+
+            def progress(done: int, total: int) -> None:
+                recalibrated["recalibrated_images"] = done
+                if bar:
+                    bar(done, total)
+
             layers = recalibrate_norms(
                 small, data.batches(args.recalibrate), args.recalibrate, progress=progress
             )
-        measure("recalibrated", small)
-    report = make_report(args, model, pruned, accuracy, layers)
-    source = saved_source(args, model, pruned, report)
-    write_whole(args.output, lambda folder: write(folder, args, source, report, pruned, history))
-    emit(report, args.format == "json", ("", "full", "pruned", "share"), table(report))
-    say(f'chanzoo: the narrow network is timm.create_model("local-dir:{args.output}", pretrained=True)')
-    if data:
-        say(f"Fine-tune it:\n  {report['finetune']}")
-    return 0
+        recalibrated["recalibrated_layers"] = layers
+        judge("recalibrated", small)
+    return accuracy, recalibrated
+
+
+@contextmanager
+def in_words_of_this_command() -> Iterator[None]:
+    """Have every refusal name options, and say what was left undone."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error)
+        for pattern, words in _WORDS.items():
+            text = re.sub(pattern, words, text)
+        raise UsageError(text if "Nothing was " in text else f"{text}\n  {_NOTHING}") from error
+
+
+@contextmanager
+def warnings_said() -> Iterator[None]:
+    """Show the library's warnings as remarks of the command."""
+
+    class Remarks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"chanzoo: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("chanzoo"), Remarks(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be done before any work.
 
     Raises:
-        UsageError: A method, file, folder or combination that does not exist.
+        UsageError: A method, file, folder, number or combination that cannot be.
         ChanzooError: A library is missing.
     """
     from ..compress import METHODS
     from ..compress.groups import require_torch_pruning
 
-    nothing = "Nothing was pruned."
+    check_writable(args.output)
     if args.output.exists() and not args.output.is_dir():
         raise UsageError(f'"{args.output}" is a file; name a folder.')
+    if args.output.resolve() == folder_of(args.name).resolve():
+        raise UsageError(f'"{args.output}" is the network itself: name another folder.')
     names = {path.name for path in args.output.iterdir()} if args.output.is_dir() else set()
     if names and not args.overwrite:
-        raise UsageError(f'"{args.output}" is not empty.\n  {nothing}   Replace it: --overwrite')
+        raise UsageError(f'"{args.output}" is not empty.\n  {_NOTHING}   Replace it: --overwrite')
     if others := sorted(names - _FILES):
         raise UsageError(f'"{args.output}" holds what is not ours to replace: {", ".join(others[:5])}')
-    if args.output.resolve() == Path(args.name).resolve():
-        raise UsageError(f'"{args.output}" is the network itself: name another folder.')
     if args.method not in METHODS:
-        raise UsageError(f'no method "{args.method}"; there are: {", ".join(METHODS)}.\n  {nothing}')
+        raise UsageError(f'no method "{args.method}"; there are: {", ".join(METHODS)}.')
     if not Path(args.name, "config.json").is_file():
         check_name(args.name)
     if args.data and not Path(args.data).exists():
-        raise UsageError(f'no image folder "{args.data}".\n  {nothing}')
+        raise UsageError(f'no image folder "{args.data}".')
     if METHODS[args.method].needs_data and not args.data:
-        raise UsageError(f"--method {args.method} looks at images: pass --data DIR.\n  {nothing}")
+        raise UsageError(f"--method {args.method} looks at images: pass --data DIR.")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UsageError(f"--crop-pct {args.crop_pct}: expected a share above 0, up to 1.\n  {nothing}")
+        raise UsageError(f"--crop-pct {args.crop_pct}: expected a share above 0, up to 1.")
     if args.recalibrate < 0 or args.recalibrate == 1:
-        raise UsageError(f"--recalibrate {args.recalibrate}: expected 2 images or more, or 0.\n  {nothing}")
+        raise UsageError(f"--recalibrate {args.recalibrate}: expected 2 images or more, or 0.")
+    if args.data and args.recalibrate and args.batch_size == 1:
+        raise UsageError("--batch-size 1: expected 2 or more, for statistics of norms, or --recalibrate 0.")
+    if args.workers < 0:
+        raise UsageError(f"--workers {args.workers}: expected 0 processes or more.")
+    if not 0 <= args.seed <= _MOST_SEED:
+        raise UsageError(f"--seed {args.seed}: expected a whole number from 0 to {_MOST_SEED}.")
     require_torch_pruning()
     if not args.no_plots:
         from ..measure.plots import require_matplotlib
 
         require_matplotlib()
+
+
+def folder_of(name: str) -> Path:
+    """Where a network is that was named by its folder."""
+    return Path(name.removeprefix("local-dir:"))
+
+
+def base_of(args: argparse.Namespace, model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Architecture of the full network, and the arguments that it was built with.
+
+    Raises:
+        UsageError: It is to be narrowed before it has a base.
+    """
+    from ..hub.folders import CONFIG, cfg_of
+    from ..weights import WEIGHTS, weights_of
+
+    config = folder_of(args.name) / CONFIG
+    arch, found = str(cfg_of(model).get("architecture")), dict(getattr(model, "_model_args", None) or {})
+    if config.is_file():
+        found = json.loads(config.read_bytes()).get("model_args", {})
+    elif not args.name.startswith("hf-hub:"):
+        rows = [WEIGHTS[args.name]] if args.name in WEIGHTS else weights_of(args.name)
+        found = dict(rows[0].model_args) if rows and args.weights != "none" else {}
+    if arch == "narrow_cnn" and "base" not in found:
+        raise UsageError(
+            f'"{args.name}" is a name for networks that are narrow already, and says of which network.\n'
+            "  expected  the full network, such as resnet18, or the folder of a narrow one"
+        )
+    return arch, {**found, "num_classes": getattr(model, "num_classes", 1000)}
 
 
 class Images:
@@ -254,49 +371,102 @@ def read_target(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     Raises:
         UsageError: They cannot be read.
     """
-    if args.macs or args.params:
-        name = "macs" if args.macs else "params"
-        return {name: read_amount(args.macs or args.params, f"--{name}", ("k", "M", "G"))}
-    if args.compress_rate:
+    for name in ("macs", "params"):
+        if (amount := getattr(args, name)) is not None:
+            return {name: read_amount(amount, f"--{name}", ("k", "M", "G"))}
+    if args.compress_rate is not None:
         return {"compress_rate": args.compress_rate}
-    if args.latency:
+    if args.latency is not None:
         return {"budget": latency_budget(model, args.latency)}
     if not Path(args.rates).is_file():
-        from ..models.hrank import read_rates
-
-        try:
-            return {"rates": float(args.rates)}
-        except ValueError:
-            return {"rates": read_rates(args.rates)}
+        return {"rates": read_rates(args.rates)}
     try:
         rates = json.loads(Path(args.rates).read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f'cannot read "{args.rates}": {error}\n  Nothing was pruned.') from error
+        raise UsageError(f'cannot read "{args.rates}": {error}') from error
     numbers = rates.values() if isinstance(rates, dict) else rates if isinstance(rates, list) else [None]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
         raise UsageError(
             f'"{args.rates}" holds no rates: expected an object, name of a convolution → fraction to remove, '
-            "or a list.\n  Nothing was pruned."
+            "or a list."
         )
     return {"rates": rates}
 
 
+def read_rates(text: str) -> float | list[float]:
+    """One rate, or one for each group.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    from ..models.hrank import read_rates
+
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return read_rates(text)
+    except UsageError as error:
+        if "[" in text:
+            raise UsageError(str(error).replace("compress_rate", "--rates")) from error
+        raise UsageError(
+            f"--rates {shlex.quote(text)}: there is no file of this name, and it is no rate.\n"
+            "  expected  one number, such as 0.3; one per group, as [0.]+[0.3]*8; or a JSON file"
+        ) from error
+
+
 def read_amount(text: str, option: str, units: tuple[str, ...]) -> float:
-    """A share (``0.5x``, at most 1) or an amount (``2.0G``).
+    """A share (``0.5x``, below 1) or an amount (``2.0G``).
 
     Raises:
         UsageError: It is neither.
     """
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)", text.strip())
     value, unit = (float(match[1]), match[2]) if match else (0.0, "")
-    is_share = unit == "x" and 0 < value <= 1
-    if not is_share and not (unit in units and value * _UNITS[unit] > 1e-9 and (value > 1 or unit)):
+    if unit == "x" and 0 < value < 1:
+        return value
+    least = 1e-9 if "s" in units else 1.0  # a count of 1 or less would be taken for a share
+    amount = value * _UNITS.get(unit, 0.0)
+    if unit not in ("", *units) or (not unit and "s" in units) or amount <= least:
         shown = ", ".join(f"{1.5:g}{unit}" for unit in units)
         raise UsageError(
-            f"{option} {text}: expected a share such as 0.5x, or an amount such as {shown}.\n"
-            "  Nothing was pruned."
+            f"{option} {shlex.quote(text)}: expected a share such as 0.5x, or an amount such as {shown}."
         )
-    return value if is_share else value * _UNITS[unit]
+    return amount
+
+
+def check_unmet(args: argparse.Namespace, model: nn.Module, target: dict[str, Any]) -> None:
+    """Refuse a budget that the network meets as it is, before anything that takes long.
+
+    Raises:
+        UsageError: Likewise.
+    """
+    from ..hub.saved import input_size_of
+    from ..macs import count_macs, count_params
+
+    if "macs" in target:
+        found, shown = count_macs(model, input_size_of(model)), "multiply-adds"
+    elif "params" in target:
+        found, shown = count_params(model), "parameters"
+    elif args.latency is not None and not is_share(args.latency):
+        found, shown = target["budget"].cost(model), "ms for an image here"
+    else:
+        return
+    amount = target["budget"].target if "budget" in target else target.get("macs", target.get("params"))
+    if amount <= 1 and "budget" not in target or found > amount:
+        return
+    has = f"{1000 * found:.3g}" if "budget" in target else human_count(int(found))
+    option = "latency" if "budget" in target else next(iter(target))
+    raise UsageError(
+        f"--{option} {getattr(args, option)} is met already: {args.name} has {has} {shown}.\n"
+        "  expected  less than that, or a share of it such as 0.5x"
+    )
+
+
+def is_share(text: str) -> bool:
+    """Whether a target is a share of the full network's."""
+    return text.strip().endswith("x")
 
 
 def latency_budget(model: nn.Module, text: str) -> Budget:
@@ -306,11 +476,11 @@ def latency_budget(model: nn.Module, text: str) -> Budget:
     from ..measure.latency import measure_latency
 
     amount = read_amount(text, "--latency", ("us", "ms", "s"))
-    is_share = text.strip().endswith("x")
+    relative = is_share(text)
 
     def cost(small: nn.Module) -> float:
         found = measure_latency({"full": model, "small": small}, input_size_of(model), rounds=3)
-        return found["small"] / found["full"] if is_share else found["small"]
+        return found["small"] / found["full"] if relative else found["small"]
 
-    name = "of the full network's time" if is_share else "seconds"
+    name = "of the full network's time" if relative else "seconds"
     return Budget(name, amount, cost)

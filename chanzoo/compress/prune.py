@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers import CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation
-from ..models.hrank import HRANK_NAMES, widths_of_rates
+from ..models.hrank import HRANK_NAMES, read_rates, widths_of_rates
 from .cost import Ledger
 from .groups import Group, Slot, find_groups
 from .methods import METHODS, Evidence, Method
+from .names import record_name
 from .own import authors_vectors, own_masks
 from .rank import collect_ranks
 from .scores import RankTable, keep_count, select
@@ -34,7 +36,9 @@ __all__ = ["Budget", "Pruned", "cut", "keep_counts", "prunable", "prune"]
 
 _NOTHING = "Nothing was pruned."
 _CHOOSES = (CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation)
+_CONTRACT = ("forward_features", "forward_head", "get_classifier")
 _MOST = 1 - 1e-9  # the highest rate of the search
+_TRIES = 6  # measurements anew of a network that is within its time
 _STEPS, _MEASURED_STEPS = 12, 7  # halvings of the search: a four-thousandth, a hundredth
 
 
@@ -58,7 +62,8 @@ class Pruned:
     """A narrow network and how it came about.
 
     Attributes:
-        model: On the device of the full one, in the same mode.
+        model: On the device of the full one, in the same mode. ``timm.models.save_for_hf`` writes it down so
+            that it comes back, if a registered name with arguments builds the full one.
         widths: Its table of widths.
         kept: By root of a group: indices of the channels that stay.
         rates: By root of a group: fraction that was asked to be removed.
@@ -105,7 +110,8 @@ def prune(
         loader: Batches of images, alone or first in a tuple, for methods that look at data.
         method: Key of :data:`chanzoo.compress.METHODS`.
         rates: Fraction of channels to remove: one for all groups, one per group in the order of the forward,
-            or by pattern (shell glob) of a group's convolutions, where groups that match nothing stay whole.
+            or by pattern (shell glob) of a group's convolutions, where groups that match nothing stay whole
+            and a name counts before patterns.
         macs: Instead of rates, multiply-adds to reach: up to 1 a share of the full network's, else a count.
         params: Likewise, parameters.
         budget: Likewise, anything that can be counted or measured.
@@ -153,7 +159,7 @@ def prune(
     if table:
         by_root, counts = _from_table(model, groups, table)
     elif rates is not None:
-        by_root = _by_root(free, rates)
+        by_root = _by_root(groups, rates)
         counts = keep_counts(free, by_root, round_to=round_to)
     else:
         target = _Target.of(model, groups, macs, params, budget)
@@ -165,6 +171,7 @@ def prune(
     masks = masks_of(model, groups, kept)
     small = narrowed(model, masks)
     check_same(model, small, masks, size)
+    record_name(small, model)
     return Pruned(small, widths_of(model, masks), kept, by_root, tuple(groups), ranks)
 
 
@@ -218,6 +225,7 @@ def _prune_own(
 ) -> Pruned:
     """Each convolution keeps its own filters."""
     vectors = authors_vectors(_variant(model))
+    convs = [conv for vector in vectors for conv in vector.convs]
     modules: dict[str, Any] = dict(model.named_modules())
     scores: dict[str, Tensor] = {}
     for vector in vectors:
@@ -225,7 +233,7 @@ def _prune_own(
             scores |= dict.fromkeys(vector.convs, evidence.ranks.mean(vector.site.name))
     if evidence.ranks is None:
         lone = []
-        for conv in (conv for vector in vectors for conv in vector.convs):
+        for conv in convs:
             layer: Any = modules[conv]
             every = torch.arange(layer.out_channels)
             lone.append(Group(conv, layer.out_channels, (Slot(conv, "out", every, every),), (conv,)))
@@ -237,7 +245,9 @@ def _prune_own(
     kept = {name: mask.nonzero()[:, 0] for (name, axis), mask in masks.items() if axis == "out"}
     kept = {name: indices for name, indices in kept.items() if isinstance(modules[name], nn.Conv2d)}
     rates = {name: 1 - len(indices) / modules[name].out_channels for name, indices in kept.items()}
-    return Pruned(small, widths_of(model, masks), kept, rates, (), evidence.ranks)
+    record_name(small, model)
+    groups = tuple(Group(name, modules[name].out_channels, (), (name,)) for name in convs)
+    return Pruned(small, widths_of(model, masks), kept, rates, groups, evidence.ranks)
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -253,11 +263,15 @@ def _check_arguments(targets: dict[str, Any], min_width: int, round_to: int) -> 
             f"{' and '.join(given) or 'nothing'} given: expected one of {', '.join(targets)}.\n  {_NOTHING}"
         )
     for name in ("macs", "params"):
-        if targets[name] is not None and not targets[name] > 0:
-            raise UsageError(f"{name}={targets[name]}: expected a share up to 1, or a count.\n  {_NOTHING}")
+        if targets[name] is not None and not (_is_number(targets[name]) and targets[name] > 0):
+            raise UsageError(f"{name}={targets[name]!r}: expected a share up to 1, or a count.\n  {_NOTHING}")
     for name, value in (("min_width", min_width), ("round_to", round_to)):
         if value < 1:
             raise UsageError(f"{name}={value}: expected 1 or more.\n  {_NOTHING}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def prunable(
@@ -283,6 +297,11 @@ def prunable(
                 f'layer "{name}" of {_name(model)} ({type(module).__name__}) chooses its connections itself: '
                 f"its channels cannot be removed.\n  {_NOTHING}   See: chanzoo condense --help"
             )
+    if missing := [name for name in _CONTRACT if not callable(getattr(model, name, None))]:
+        raise UsageError(
+            f"{_name(model)} has no {missing[0]}: expected a classifier with timm's model contract, as "
+            f"timm.create_model builds it without features_only.\n  {_NOTHING}"
+        )
     groups = []
     for group in find_groups(model, size):
         reason = group.reason
@@ -303,25 +322,49 @@ def prunable(
 
 
 def _by_root(groups: Sequence[Group], rates: Any) -> dict[str, float]:
-    """A rate for every group."""
+    """A rate for every group that may be cut."""
+    free = [group for group in groups if not group.reason]
+    rates = read_rates(rates) if isinstance(rates, str) else rates
+    rates = rates.tolist() if callable(getattr(rates, "tolist", None)) else rates  # of an array, a tensor
+    every = (
+        rates.values() if isinstance(rates, Mapping) else rates if isinstance(rates, Sequence) else [rates]
+    )
+    if odd := [rate for rate in every if not _is_number(rate)]:
+        raise UsageError(
+            f"rates hold {odd[0]!r}: expected fractions to remove, from 0 to below 1.\n  {_NOTHING}"
+        )
     if isinstance(rates, Mapping):
-        found = {}
-        for pattern, rate in rates.items():
-            names = [g.root for g in groups if any(fnmatch.fnmatchcase(conv, pattern) for conv in g.convs)]
-            if not names:
-                near = difflib.get_close_matches(pattern, [conv for g in groups for conv in g.convs], n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise UsageError(f'rates name "{pattern}", which can not be pruned here.{hint}\n  {_NOTHING}')
-            found |= dict.fromkeys(names, rate)
-        return {group.root: found.get(group.root, 0.0) for group in groups}
+        return dict.fromkeys((group.root for group in free), 0.0) | _by_pattern(groups, rates)
     if isinstance(rates, Sequence):
-        if len(rates) != len(groups):
+        if len(rates) != len(free):
             raise UsageError(
-                f"{len(rates)} rates: expected {len(groups)}, one for each group from {groups[0].root} to "
-                f"{groups[-1].root}.\n  {_NOTHING}"
+                f"{len(rates)} rates: expected {len(free)}, one for each group from {free[0].root} to "
+                f"{free[-1].root}.\n  {_NOTHING}"
             )
-        return {group.root: rate for group, rate in zip(groups, rates, strict=True)}
-    return {group.root: rates for group in groups}
+        return {group.root: rate for group, rate in zip(free, rates, strict=True)}
+    return {group.root: rates for group in free}
+
+
+def _by_pattern(groups: Sequence[Group], rates: Mapping[str, float]) -> dict[str, float]:
+    """Rates of the groups that are named, or else match a pattern; several of them have to agree."""
+    found: dict[str, float] = {}
+    patterns = {key for key in rates if set("*?[") & set(key)}
+    for keys in (rates.keys() - patterns, patterns):
+        settled = set(found)
+        for key in sorted(keys):
+            hit = [g for g in groups if any(fnmatch.fnmatchcase(conv, key) for conv in g.convs)]
+            if all(group.reason for group in hit):
+                names = [conv for group in groups if not group.reason for conv in group.convs]
+                near = difflib.get_close_matches(key, names, n=1)
+                why = f": {hit[0].reason}." if hit else f". Did you mean {near[0]}?" if near else "."
+                raise UsageError(f'rates name "{key}", which cannot be pruned here{why}\n  {_NOTHING}')
+            for root in {group.root for group in hit if not group.reason} - settled:
+                if found.setdefault(root, rates[key]) != rates[key]:
+                    raise UsageError(
+                        f'rates give layer "{root}" both {found[root]} and {rates[key]} (by "{key}").\n'
+                        f"  {_NOTHING}   A layer's own name counts before patterns"
+                    )
+    return found
 
 
 def keep_counts(
@@ -349,7 +392,7 @@ def keep_counts(
         step = step if step < group.channels else group.chunks
         least = 2 * group.chunks if group.chunks > 1 else 1  # a group of one channel is another kind of layer
         if rate and step > 1:
-            keep = max(step, least, step * round(keep / step))
+            keep = max(step * math.ceil(max(least, min_width) / step), step * round(keep / step))
         counts[group.root] = min(keep, group.channels) if rate else group.channels
     return counts
 
@@ -436,6 +479,11 @@ def _solve(
         is_within = cost_of((*wide[:middle], *narrow[middle:])) <= target.amount
         fits, too_many = (middle, too_many) if is_within else (fits, middle)
     counts = (*wide[:fits], *narrow[fits:])
+    for _ in range(_TRIES if target.is_measured else 0):  # the one measurement may have been a lucky one
+        if cost_of.__wrapped__(counts) <= target.amount:
+            break
+        high += (_MOST - high) / 8
+        counts = counts_at(high)
     return high, {group.root: n for group, n in zip(free, counts, strict=True)}
 
 

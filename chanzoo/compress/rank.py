@@ -163,7 +163,7 @@ def collect_ranks(
 
     Raises:
         UsageError: A site is not there, an image gives maps that are not finite, parameters are not of 32
-            bits, or there are no images.
+            bits, or the loader gives no images.
 
     Source:
         arXiv:2002.10179. Its authors measure each layer on other images; the early stop is ours.
@@ -189,7 +189,7 @@ def collect_ranks(
     with evaluating(model), _ranker(threads) as ranker:
         try:
             for item in loader:
-                batch = (item[0] if isinstance(item, (tuple, list)) else item).to(device)
+                batch = images_of(item).to(device)
                 meter = meter or _Meter(model, sites or find_rank_sites(model, batch[:1]), ranker)
                 meter.run(batch[: share - meter.images])
                 if progress:
@@ -215,6 +215,21 @@ def collect_ranks(
             "ranks hardly tell filters apart at %d of %d sites: %s", len(flat), len(table.sites), shown
         )
     return table
+
+
+def images_of(item: Any) -> Tensor:
+    """The images of what a loader gives: a batch, alone or first in a tuple.
+
+    Raises:
+        UsageError: It gives something else.
+    """
+    batch = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(batch, Tensor) or batch.ndim != 4:
+        found = f"of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise UsageError(
+            f"the loader gives batches {found}: expected images (b, c, h, w), alone or first in a tuple."
+        )
+    return batch
 
 
 class _Meter:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..layers import AdaptiveInstanceInverse, BatchDecorrelation, ChannelEquilibrium
+from .rank import images_of
 
 __all__ = ["recalibrate_norms"]
 
@@ -37,7 +38,7 @@ def recalibrate_norms(
         How many layers were measured; 0 for a network without any, which is left as it is.
 
     Raises:
-        UsageError: The loader gives no batch of two images.
+        UsageError: The loader gives no batch of two images, or something else.
     """
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
@@ -49,7 +50,7 @@ def recalibrate_norms(
     modes = [(module, module.training) for module in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     momenta: list[tuple[Any, Any]] = [(module, module.momentum) for module in (*norms, *mixers)]
-    done = batches = 0
+    done = 0
     try:
         model.eval()
         for module in model.modules():
@@ -57,16 +58,14 @@ def recalibrate_norms(
                 module.training = True  # of the layer itself, not of what it holds
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over batches
         for item in loader:
-            batch = (item[0] if isinstance(item, (tuple, list)) else item)[: images - done].to(device)
+            batch = images_of(item)[: images - done].to(device)
             if len(batch) < 2:
                 break
-            batches += 1
-            for mixer in mixers:
-                mixer.momentum = 1 / batches
-            model(batch)
             done += len(batch)
+            for module in (*norms, *mixers):
+                module.momentum = len(batch) / done  # the mean so far and that of the batch, by their images
+            model(batch)
             if progress:
                 progress(done, images)
             if done >= images:

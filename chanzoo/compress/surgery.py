@@ -185,6 +185,11 @@ def check_same(model: nn.Module, small: nn.Module, masks: Masks, size: tuple[int
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, channels, *size, generator=generator, dtype=torch.float64).to(first.device)
     ours, theirs = (copy.deepcopy(net).double().eval()(image) for net in (small, zeroed(model, masks)))
+    if ours.shape != theirs.shape:
+        raise UsageError(
+            "the narrow network puts out other features than the full one, which has no classifier.\n"
+            "  Nothing was pruned."
+        )
     error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     if not error <= _TOLERANCE:
         raise UsageError(

@@ -15,11 +15,10 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from ..compress.names import narrow_name
 from ..errors import ChanzooError, UsageError
-from ..layers.narrow import read_widths
 from ..models import check_folder
 from ..models._saved import sha256_note
-from ..models.hrank import HRANK_NAMES, short_widths
 from ..store import FILE_NAME, widen
 from .folders import CONFIG, Source, cfg_of, create
 
@@ -84,18 +83,8 @@ def named_network(small: nn.Module, arch: str, model_args: dict[str, Any]) -> nn
     Raises:
         UsageError: It differs from the full one in other ways than widths.
     """
-    rest = {key: value for key, value in model_args.items() if key not in ("base", "widths", "compress_rate")}
-    base = str(model_args["base"]) if arch == "narrow_cnn" else arch
-    with torch.device("meta"):
-        full = create(base, base, **rest)
-    widths = read_widths(small, full)
-    args: dict[str, Any] = {"widths": widths, **rest}
-    name = base if base in HRANK_NAMES.values() else HRANK_NAMES.get(base, "narrow_cnn")
-    if name == "narrow_cnn":
-        args["base"] = base
-    else:
-        args["widths"] = short_widths(name, widths)
-    model = create(name, base, **args)
+    name, args = narrow_name(small, arch, model_args)
+    model = create(name, args.get("base", arch), **args)
     model.load_state_dict(small.state_dict())
     return model
 

@@ -9,6 +9,7 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
+from .._timm import update_model_args
 from ..errors import UsageError
 from ..layers.condensing import CondensingProgress, follow_progress, learned_layers
 from ..store import find_local, load_tensors, locate, parse_tensors, row_for, widen
@@ -130,6 +131,8 @@ def build(
         feature_cfg=dict(out_indices=feature_levels, flatten_sequential=flatten_sequential),
         **{**(defaults or {}), **row_args, **kwargs},
     )
+    if row_args:
+        update_model_args(model, **row_args)  # timm sees and records the user's arguments only
     counts = any(isinstance(module, CondensingProgress) for module in model.modules())
     if kwargs.get("total_steps") and not counts and learned_layers(model):
         follow_progress(

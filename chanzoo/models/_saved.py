@@ -154,7 +154,8 @@ def read_saved(cfg: dict[str, Any], digest: str, cache_dir: str | Path | None) -
     )
     if not path.is_file():
         raise UsageError(
-            f'"{path.parent}" has no {FILE_NAME}.\n  No network was built; other formats are never opened.'
+            f'"{path.parent}" has no {FILE_NAME}.\n  No network was built; other formats are never opened.   '
+            "timm.models.save_for_hf writes it with safe_serialization=True"
         )
     try:
         data = path.read_bytes()
