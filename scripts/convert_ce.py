@@ -9,7 +9,6 @@ copy, do not pass the result on.
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -100,7 +99,7 @@ def read_authors(path: Path) -> dict[str, Tensor]:
     """The state dict inside a training checkpoint, without executing anything from the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever reading a damaged file raises
         raise UsageError(f"{path} holds more than tensors, or is damaged: {_first_line(error)}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state:
@@ -112,7 +111,7 @@ def read_authors(path: Path) -> dict[str, Tensor]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def read_ours(path: Path) -> dict[str, Tensor]:
@@ -156,6 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     except ChanzooError as error:
         print(f"chanzoo: {error}\n  Nothing was written.", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"chanzoo: cannot write {args.out}: {error.strerror}.", file=sys.stderr)
+        return 1
     print(f"{args.out}: ce_resnet{find_depth(ours)}, {len(result)} entries", file=sys.stderr)
     return 0
 

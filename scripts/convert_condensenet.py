@@ -14,7 +14,6 @@ The authors' code is under the MIT licence; they state none for their weights: c
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from convert_ce import read_authors
 
+from chanzoo.cli.inspect import write_whole
 from chanzoo.errors import ChanzooError, UsageError
 from chanzoo.hub.folders import Source, read_saved
 from chanzoo.hub.saved import network_files
@@ -105,12 +105,12 @@ def write(folder: Path, model: nn.Module) -> None:
         raise UsageError(f'"{folder}" exists already.   Name another folder, or remove it.')
     # No licence: the Hub's helpers then refuse to publish it until somebody names one.
     files = network_files(Source(model=model, state=model.state_dict(), cfg={"license": None}), {})
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in files.items():
-        (partial / name).write_bytes(content)
-    partial.replace(folder)
+
+    def fill(partial: Path) -> None:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+
+    write_whole(folder, fill)
 
 
 def write_authors(path: Path, folder: Path) -> nn.Module:
@@ -148,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     except ChanzooError as error:
         print(f"chanzoo: {error}\n  Nothing was written.", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"chanzoo: cannot write {args.target}: {error.strerror}.", file=sys.stderr)
+        return 1
     form = "condensed" if getattr(model, "condensed", False) else "training form"
     print(f"{args.target}: {name}, {form}, {count_params(model):,} parameters", file=sys.stderr)
     return 0

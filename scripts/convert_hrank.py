@@ -14,7 +14,6 @@ The authors state no licence for their weights: convert your own copy, do not pa
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from convert_ce import read_authors
 
+from chanzoo.cli.inspect import write_whole
 from chanzoo.errors import ChanzooError, UsageError
 from chanzoo.hub.folders import Source
 from chanzoo.hub.saved import network_files
@@ -137,12 +137,12 @@ def write(folder: Path, converted: Converted) -> None:
     # No licence: the Hub's helpers then refuse to publish it until somebody names one.
     source = Source(model=converted.model, state=state, cfg={"license": None}, data=data)
     files = network_files(source, {})
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in files.items():
-        (partial / name).write_bytes(content)
-    partial.replace(folder)
+
+    def fill(partial: Path) -> None:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+
+    write_whole(folder, fill)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,6 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     except ChanzooError as error:
         print(f"chanzoo: {error}\n  Nothing was written.", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"chanzoo: cannot write {args.folder}: {error.strerror}.", file=sys.stderr)
+        return 1
     params = count_params(converted.model)
     print(f"{args.folder}: {converted.variant}, {params:,} parameters", file=sys.stderr)
     if converted.zeros:

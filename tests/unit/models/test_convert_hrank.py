@@ -142,3 +142,16 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([str(tmp_path / "a.pt"), str(tmp_path / "out")]) == 2
     assert "exists already" in (printed := capsys.readouterr().err) and "Nothing was written." in printed
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_damaged_files_and_targets_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    junk, good, file = tmp_path / "junk.pth", tmp_path / "good.pth", tmp_path / "file"
+    junk.write_text("junk\n")
+    file.write_text("mine")
+    assert main([str(junk), str(tmp_path / "out")]) == 2
+    assert "junk.pth holds more than tensors, or is damaged: KeyError" in capsys.readouterr().err
+    torch.save(state_of("vgg_16_bn"), good)
+    (tmp_path / "out.partial").mkdir()
+    assert main([str(good), str(file / "out")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "good.pth", "junk.pth", "out.partial"]
