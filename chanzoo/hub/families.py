@@ -112,8 +112,8 @@ FAMILIES = (
         "network is fine-tuned. A tag says what was left (`m63`: 63 million multiply-adds), and the criterion"
         " where it is not the rank: `l1` (the filter's absolute weights) and `random` are there to compare "
         "with, fine-tuned alike; `s1` is the second seed. Unlike the authors we keep the channels of a "
-        "residual stream together and measure norms anew before fine-tuning, which takes 6 epochs here and "
-        "150 there.",
+        "residual stream together, rank the maps of images that are not augmented, and measure norms anew "
+        "before fine-tuning, which takes 6 epochs here and 150 there.",
         citation="""\
 @inproceedings{lin2020hrank,
   title     = {HRank: Filter Pruning using High-Rank Feature Map},
