@@ -45,7 +45,8 @@ def test_the_python_blocks_run(tmp_path: Path) -> None:
     chosen = [b for b in blocks("python") if WEIGHTS or "pretrained=True" not in b]  # no row, no weights
     script = tmp_path / "readme.py"
     script.write_text("\n".join(chosen))
-    done = subprocess.run([sys.executable, "-W", "error", str(script)], capture_output=True, text=True)
+    command = [sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
