@@ -26,6 +26,7 @@ __all__ = [
     "build_model",
     "check_file",
     "check_name",
+    "check_writable",
     "emit",
     "human_bytes",
     "human_count",
@@ -168,6 +169,27 @@ def check_file(path: Path | None, what: str) -> None:
         raise UsageError(f'no {what} "{path}".' + (" It is a folder." if path.is_dir() else ""))
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that could not be written in the end: its parent is missing, a file, or another's.
+
+    Raises:
+        UsageError: Likewise.
+    """
+    parent = folder.resolve().parent
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        trial = parent / f".{folder.resolve().name}.partial-{os.getpid()}"
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise UsageError(
+            f'cannot make the folder "{folder}": "{parent}": {error.strerror}.\n'
+            "  expected  a place where folders can be made\n"
+            "  Nothing was written."
+        ) from error
+
+
 def check_name(name: str) -> None:
     """Refuse a name that ``timm.create_model`` does not know.
 
@@ -247,9 +269,13 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f'no device "{device}" here: {str(error).splitlines()[0]}') from error
+    if found.type == "meta":
+        raise UsageError(
+            f'no device "{device}" here: nothing can be computed on it.\n  expected  cpu, cuda, cuda:1 or mps'
+        )
 
 
 def load_checkpoint(model: nn.Module, name: str, path: Path, ema: bool) -> None:

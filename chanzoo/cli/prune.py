@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compress import Budget, Pruned, RankTable
-    from ..measure.accuracy import Accuracy
 
 HELP = "make a trained network narrower, to a budget, by the rank of its feature maps"
 EXAMPLES = """\
@@ -55,7 +54,7 @@ _NOTHING = "Nothing was pruned."
 _MOST_SEED = 2**32 - 1  # what the train script's generators take
 # What messages of the library say: there, arguments of functions; here, options.
 _WORDS = {
-    r"(No network was built|Nothing was (measured|recorded|sent))\.": _NOTHING,
+    r"(No network was built|The network is unchanged|Nothing was (measured|recorded|sent))\.": _NOTHING,
     r"\bcompress_rate=": "--compress-rate ",
     r"\bcompress_rate\b": "--compress-rate",
     r'\balign="own"': "--align own",
@@ -137,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, prune, measure, and write everything or nothing."""
-    from .pruned import make_report, missed, saved_source, table, write
+    from .pruned import base_of, make_report, measure, missed, saved_source, table, write
 
     with in_words_of_this_command():
         check_arguments(args)
@@ -192,45 +191,8 @@ def prune_it(
             snapshot=None if args.no_plots else history.append,
         )
     if pruned.ranks and saturated(pruned.ranks):
-        say("  There the cut is close to a lot.   See what weights say: --method l1, or rank more: --images N")
+        say("  There the choice is close to a lot.   Compare --method l1, or rank more: --images N")
     return pruned
-
-
-def measure(
-    args: argparse.Namespace, model: nn.Module, small: nn.Module, data: Images | None
-) -> tuple[dict[str, Accuracy], dict[str, int]]:
-    """Accuracy at each step, and how the norms of the narrow network were measured anew, which is done here."""
-    from ..compress import recalibrate_norms
-    from ..measure.accuracy import evaluate
-
-    accuracy: dict[str, Accuracy] = {}
-    recalibrated = {"recalibrated_images": 0, "recalibrated_layers": 0}
-    if not data:
-        return accuracy, recalibrated
-
-    def judge(name: str, network: nn.Module) -> None:
-        with progress_bar(f"accuracy, {name}") as bar:
-            options: Any = {"batch_size": args.batch_size, "workers": args.workers}
-            accuracy[name] = evaluate(
-                network, args.data, split=args.val_split, device=args.device, progress=bar, **options
-            )
-
-    judge("full", model)
-    judge("sliced", small)
-    if args.recalibrate:
-        with progress_bar("norms") as bar:
-
-            def progress(done: int, total: int) -> None:
-                recalibrated["recalibrated_images"] = done
-                if bar:
-                    bar(done, total)
-
-            layers = recalibrate_norms(
-                small, data.batches(args.recalibrate), args.recalibrate, progress=progress
-            )
-        recalibrated["recalibrated_layers"] = layers
-        judge("recalibrated", small)
-    return accuracy, recalibrated
 
 
 @contextmanager
@@ -274,7 +236,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_writable(args.output)
     if args.output.exists() and not args.output.is_dir():
         raise UsageError(f'"{args.output}" is a file; name a folder.')
-    if args.output.resolve() == folder_of(args.name).resolve():
+    if is_folder(args.name) and args.output.resolve() == folder_of(args.name).resolve():
         raise UsageError(f'"{args.output}" is the network itself: name another folder.')
     names = {path.name for path in args.output.iterdir()} if args.output.is_dir() else set()
     if names and not args.overwrite:
@@ -283,7 +245,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f'"{args.output}" holds what is not ours to replace: {", ".join(others[:5])}')
     if args.method not in METHODS:
         raise UsageError(f'no method "{args.method}"; there are: {", ".join(METHODS)}.')
-    if not Path(args.name, "config.json").is_file():
+    if not is_folder(args.name):
         check_name(args.name)
     if args.data and not Path(args.data).exists():
         raise UsageError(f'no image folder "{args.data}".')
@@ -311,28 +273,9 @@ def folder_of(name: str) -> Path:
     return Path(name.removeprefix("local-dir:"))
 
 
-def base_of(args: argparse.Namespace, model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Architecture of the full network, and the arguments that it was built with.
-
-    Raises:
-        UsageError: It is to be narrowed before it has a base.
-    """
-    from ..hub.folders import CONFIG, cfg_of
-    from ..weights import WEIGHTS, weights_of
-
-    config = folder_of(args.name) / CONFIG
-    arch, found = str(cfg_of(model).get("architecture")), dict(getattr(model, "_model_args", None) or {})
-    if config.is_file():
-        found = json.loads(config.read_bytes()).get("model_args", {})
-    elif not args.name.startswith("hf-hub:"):
-        rows = [WEIGHTS[args.name]] if args.name in WEIGHTS else weights_of(args.name)
-        found = dict(rows[0].model_args) if rows and args.weights != "none" else {}
-    if arch == "narrow_cnn" and "base" not in found:
-        raise UsageError(
-            f'"{args.name}" is a name for networks that are narrow already, and says of which network.\n'
-            "  expected  the full network, such as resnet18, or the folder of a narrow one"
-        )
-    return arch, {**found, "num_classes": getattr(model, "num_classes", 1000)}
+def is_folder(name: str) -> bool:
+    """Whether a network was named by its folder."""
+    return (folder_of(name) / "config.json").is_file()
 
 
 class Images:
@@ -399,17 +342,18 @@ def read_rates(text: str) -> float | list[float]:
     Raises:
         UsageError: It is neither.
     """
-    from ..models.hrank import read_rates
+    from ..models.hrank import read_rates as read_list
 
     try:
         return float(text)
     except ValueError:
         pass
     try:
-        return read_rates(text)
+        return read_list(text)
     except UsageError as error:
         if "[" in text:
-            raise UsageError(str(error).replace("compress_rate", "--rates")) from error
+            words = str(error).replace("compress_rate=", "--rates ").replace("compress_rate", "--rates")
+            raise UsageError(words) from error
         raise UsageError(
             f"--rates {shlex.quote(text)}: there is no file of this name, and it is no rate.\n"
             "  expected  one number, such as 0.3; one per group, as [0.]+[0.3]*8; or a JSON file"
@@ -445,23 +389,19 @@ def check_unmet(args: argparse.Namespace, model: nn.Module, target: dict[str, An
     from ..hub.saved import input_size_of
     from ..macs import count_macs, count_params
 
-    if "macs" in target:
-        found, shown = count_macs(model, input_size_of(model)), "multiply-adds"
-    elif "params" in target:
-        found, shown = count_params(model), "parameters"
-    elif args.latency is not None and not is_share(args.latency):
-        found, shown = target["budget"].cost(model), "ms for an image here"
+    name, asked = next(iter(target.items()))
+    if name == "budget" and not is_share(args.latency):
+        name, asked, found = "latency", asked.target, asked.cost(model)
+    elif name in ("macs", "params"):
+        found = count_macs(model, input_size_of(model)) if name == "macs" else count_params(model)
     else:
         return
-    amount = target["budget"].target if "budget" in target else target.get("macs", target.get("params"))
-    if amount <= 1 and "budget" not in target or found > amount:
-        return
-    has = f"{1000 * found:.3g}" if "budget" in target else human_count(int(found))
-    option = "latency" if "budget" in target else next(iter(target))
-    raise UsageError(
-        f"--{option} {getattr(args, option)} is met already: {args.name} has {has} {shown}.\n"
-        "  expected  less than that, or a share of it such as 0.5x"
-    )
+    if found <= asked:  # a share never is
+        has = f"{1000 * found:.3g} ms here" if name == "latency" else human_count(int(found))
+        raise UsageError(
+            f"--{name} {getattr(args, name)} is met already: {args.name} has {has}.\n"
+            "  expected  less than that, or a share of it such as 0.5x"
+        )
 
 
 def is_share(text: str) -> bool:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .learned_group import LearnedGroupConv2d, SparseReactivation
+from .learned_group import CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation
 
 __all__ = [
     "CondensingProgress",
+    "check_form",
     "condense",
     "condensing_stage",
     "follow_progress",
@@ -31,6 +32,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 _LEARNED = (LearnedGroupConv2d, SparseReactivation)
+_CONDENSED = (CondensedConv2d, CondensedReactivation)
 
 
 def condensing_stage(progress: float, condensation_factor: int) -> int:
@@ -59,6 +61,26 @@ def learned_layers(model: nn.Module) -> dict[str, LearnedGroupConv2d | SparseRea
 def is_condensed(model: nn.Module) -> bool:
     """Whether every layer that learns its connections has dropped all it has to."""
     return all(layer.is_condensed() for layer in learned_layers(model).values())
+
+
+def check_form(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any) -> None:
+    """Check that tensors and network have the same form, before any is loaded; a hook for that.
+
+    Raises:
+        UsageError: One is condensed, the other is not.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _CONDENSED) and f"{prefix}{name}.mask" in state_dict:
+            raise UsageError(
+                f"the tensors are of the training form, {type(model).__name__} was built condensed.\n"
+                "  Nothing was loaded.   Condense them first (chanzoo condense), or build it without "
+                "condensed=True"
+            )
+        if isinstance(module, _LEARNED) and f"{prefix}{name}.index" in state_dict:
+            raise UsageError(
+                f"the tensors are of the condensed form, {type(model).__name__} was built to be trained.\n"
+                "  Nothing was loaded.   Build it with condensed=True"
+            )
 
 
 class CondensingProgress(nn.Module):
@@ -248,9 +270,9 @@ def condense(model: nn.Module) -> nn.Module:
     """
     layers = learned_layers(model)
     if not layers:
-        raise UsageError(
-            f"{type(model).__name__} has no layer that learns its connections: there is nothing to condense."
-        )
+        is_done = any(isinstance(module, _CONDENSED) for module in model.modules())
+        why = "is condensed already" if is_done else "has no layer that learns its connections"
+        raise UsageError(f"{type(model).__name__} {why}: there is nothing to condense.")
     small = {}
     for name, layer in layers.items():
         try:

@@ -11,6 +11,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices, update_model_args
+from ..layers.condensing import check_form
 from ..layers.folding import fold_pairs
 
 __all__ = ["ConvBlock", "StagedNet"]
@@ -112,6 +113,7 @@ class StagedNet(nn.Module):
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **place) if num_classes > 0 else nn.Identity()
         self.init_weights()
+        self.register_load_state_dict_pre_hook(check_form)
 
     @torch.jit.ignore()
     def _parts(self, in_chans: int, act: Any, norm: Any, place: dict[str, Any]) -> dict[str, nn.Module]:

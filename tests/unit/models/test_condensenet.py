@@ -228,3 +228,19 @@ def test_masks_may_be_copied_but_not_averaged() -> None:
     averaged = {key: 0.5 * v.float() if key.endswith("mask") else v for key, v in fresh.items()}
     with pytest.raises(RuntimeError, match="holds fractions"):
         model.load_state_dict(averaged)
+
+
+def test_tensors_of_the_other_form_are_refused_before_any_is_loaded() -> None:
+    trained = timm.create_model("condensenet_cifar50")
+    small = timm.create_model("condensenet_cifar50", condensed=True)
+    for model, other, hint in (
+        (small, trained, "Condense them first"),
+        (trained, small, "Build it with condensed=True"),
+    ):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for state in (other.state_dict(), {"stem.weight": trained.stem.weight + 1, **other.state_dict()}):
+            with pytest.raises(UsageError, match=rf"Nothing was loaded\.   {hint}"):
+                model.load_state_dict(state)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(UsageError, match="CondenseNet is condensed already: there is nothing to condense"):
+        condense(small)
