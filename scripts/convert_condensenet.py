@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from convert_ce import read_authors
 
-from chanzoo.cli.inspect import write_whole
+from chanzoo.cli.folders import write_whole
 from chanzoo.errors import ChanzooError, UsageError
 from chanzoo.hub.folders import Source, read_saved
 from chanzoo.hub.saved import network_files

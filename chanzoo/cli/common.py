@@ -26,10 +26,10 @@ __all__ = [
     "build_model",
     "check_file",
     "check_name",
-    "check_writable",
     "emit",
     "human_bytes",
     "human_count",
+    "natural",
     "percent",
     "positive",
     "progress_bar",
@@ -69,6 +69,14 @@ def positive(text: str) -> int:
         if (number := int(text)) > 0:
             return number
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on; for ``type=`` of argparse."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
 
 
 def say(text: str) -> None:
@@ -167,27 +175,6 @@ def check_file(path: Path | None, what: str) -> None:
     """
     if path is not None and not path.is_file():
         raise UsageError(f'no {what} "{path}".' + (" It is a folder." if path.is_dir() else ""))
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not be written in the end: its parent is missing, a file, or another's.
-
-    Raises:
-        UsageError: Likewise.
-    """
-    parent = folder.resolve().parent
-    try:
-        while not parent.exists():
-            parent = parent.parent
-        trial = parent / f".{folder.resolve().name}.partial-{os.getpid()}"
-        trial.mkdir()
-        trial.rmdir()
-    except OSError as error:
-        raise UsageError(
-            f'cannot make the folder "{folder}": "{parent}": {error.strerror}.\n'
-            "  expected  a place where folders can be made\n"
-            "  Nothing was written."
-        ) from error
 
 
 def check_name(name: str) -> None:

@@ -16,12 +16,13 @@ from .common import (
     emit,
     human_bytes,
     human_count,
+    natural,
     percent,
     positive,
     progress_bar,
     say,
 )
-from .inspect import write_whole
+from .folders import check_output, write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-split", default="val", metavar="SPLIT", help="for accuracy (default: val)")
     parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default: 128)")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)"
+        "--workers", type=natural, default=0, metavar="N", help="processes that read images (default: 0)"
     )
     add_model_options(parser)
     add_format(parser)
@@ -101,15 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be done before any work."""
-    if args.output.exists() and not args.output.is_dir():
-        raise UsageError(f'"{args.output}" is a file; name a folder.')
-    names = {path.name for path in args.output.iterdir()} if args.output.is_dir() else set()
-    if names and not args.overwrite:
-        raise UsageError(f'"{args.output}" is not empty.\n  Nothing was written.   Replace it: --overwrite')
-    if others := sorted(names - _FILES):
-        raise UsageError(f'"{args.output}" holds what is not ours to replace: {", ".join(others[:5])}')
-    if args.output.resolve() == Path(args.name).resolve():
-        raise UsageError(f'"{args.output}" is the network itself: name another folder.')
+    check_output(args.output, _FILES, args.overwrite, args.name)
     if args.data and not Path(args.data).exists():
         raise UsageError(f'no image folder "{args.data}".\n  Nothing was written.')
     if not Path(args.name).exists():

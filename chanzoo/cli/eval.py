@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import UsageError
-from .common import add_format, add_model_options, build_model, emit, percent, positive, progress_bar
+from .common import add_format, add_model_options, build_model, emit, natural, percent, positive, progress_bar
 
 HELP = "measure accuracy on a folder of images"
 EXAMPLES = """\
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, default=256, metavar="N", help="per process (default: 256)"
     )
     parser.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)"
+        "--workers", type=natural, default=2, metavar="N", help="processes that read images (default: 2)"
     )
     parser.add_argument("--amp", action="store_true", help="compute in 16 bits where that is safe")
     parser.add_argument(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +16,13 @@ from .common import (
     build_model,
     check_name,
     emit,
+    natural,
     percent,
     positive,
     progress_bar,
     say,
 )
+from .folders import check_output, write_whole
 
 if TYPE_CHECKING:
     from ..measure.channels import AblationPoint, ChannelReport
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     parser.add_argument("--batch-size", type=positive, default=100, metavar="N", help="(default: 100)")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)"
+        "--workers", type=natural, default=0, metavar="N", help="processes that read images (default: 0)"
     )
     add_model_options(parser)
     add_format(parser)
@@ -86,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure everything, then write everything."""
-    check_output(args.output, args.overwrite)
-    if args.channels and not os.path.exists(args.channels):
+    check_output(args.output, _FILES, args.overwrite)
+    if args.channels and not Path(args.channels).exists():
         raise UsageError(f'no image folder "{args.channels}".')
     names = [args.name, *([args.against] if args.against else [])]
     if len(set(names)) < len(names):
@@ -213,35 +213,6 @@ def _summary(
         "output": str(args.output),
         "networks": networks,
     }
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        UsageError: It is not empty and may not be replaced, holds files that are not ours, or is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f'"{folder}" is a file; name a folder.')
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not overwrite:
-        raise UsageError(f'"{folder}" is not empty.\n  Nothing was measured.   Replace it: --overwrite')
-    if others := sorted(names - _FILES):
-        raise UsageError(f'"{folder}" holds what is not ours to replace: {", ".join(others[:5])}')
-
-
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder so that it is there with everything or not at all."""
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(

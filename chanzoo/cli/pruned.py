@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .common import human_bytes, human_count, percent, progress_bar
+from .folders import folder_of, is_folder
 from .inspect import write_csv
-from .prune import add_arguments, folder_of, is_folder, is_share
+from .prune import add_arguments
+from .targets import is_share
 
 if TYPE_CHECKING:
     from torch import nn

@@ -48,7 +48,7 @@ def test_two_networks(cli, images: Path, tmp_path: Path) -> None:
     assert sum(row["effective"] != "" for row in gains) == 4 * 16 + 3 * 32  # stem, two stages
 
     assert cli("inspect", *names, "--channels", images, *SMALL, "-o", out).err.startswith(
-        f'chanzoo: "{out}" is not empty.\n  Nothing was measured.   Replace it: --overwrite'
+        f'chanzoo: "{out}" is not empty.\n  Nothing was written.   Replace it: --overwrite'
     )
     one = ("cifar_resnet20", "--channels", images, *SMALL, "--sites", "layer3.2.*", "--branch", "--no-plots")
     done = cli("inspect", *one, "-o", out, "--overwrite")

@@ -37,7 +37,7 @@ L1 = ("prune", "cifar_resnet20", "--weights", "none", "--method", "l1", "--no-pl
         (("--macs", "100G"), "--macs 100G is met already: cifar_resnet20 has 40.55 M"),
         (("--params", "3M"), "--params 3M is met already: cifar_resnet20 has 269.7 k"),
         (("--latency", "100s"), "--latency 100s is met already: cifar_resnet20 has "),
-        (("--macs", "0.5x", "--workers", "-1"), "--workers -1: expected 0 processes or more"),
+        (("--macs", "0.5x", "--workers", "-1"), "'-1' is not a whole number of 0 or more"),
         (("--macs", "0.5x", "--seed", "-1"), "--seed -1: expected a whole number from 0 to 4294967295"),
         (("--macs", "0.5x", "--seed", "9" * 23), f"--seed {'9' * 23}: expected a whole number from 0"),
         (("--macs", "0.5x", "--device", "meta"), 'no device "meta" here'),
