@@ -382,7 +382,7 @@ def test_rates_by_pattern_and_by_group() -> None:
             "3 rates: expected 9, one for each group from layer1.0.conv1 to layer3.2.conv1",
         ),
         ({"rates": {"layr1.0.conv1": 0.5}}, "Did you mean layer1.0.conv1?"),
-        ({"rates": {"conv1": 0.5}}, "can not be pruned here"),
+        ({"rates": {"conv1": 0.5}}, "cannot be pruned here"),
         ({}, "nothing given"),
         ({"rates": 0.5, "macs": 0.5}, "rates and macs given"),
         ({"macs": 0.0}, "macs=0.0: expected"),
