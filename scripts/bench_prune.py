@@ -4,7 +4,8 @@
     python scripts/bench_prune.py --model mobilenetv2_100 --device cuda --batch 32
 
 Channels are drawn by lot (which ones does not matter for time). The full and the narrow network take turns,
-so that both see the same machine; the ratio counts, not the seconds.
+so that both see the same machine; the ratio counts, not the seconds. The goal is for one thread: several share a
+layer in blocks of channels, of which a narrow layer may have too few to keep them all busy on a single image.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from chanzoo.compress import prune
 from chanzoo.errors import ChanzooError
 from chanzoo.measure.latency import measure_latency
 
-GOAL = 0.85  # of the cut of ResNet-50 in multiples of 8 channels, on a CPU
+GOAL = 0.85  # of the cut of ResNet-50 in multiples of 8 channels, on one thread of a CPU
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5], help="shares to reach")
     parser.add_argument("--round-to", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--fold", action="store_true", help="fold batch norms into convolutions first")
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             for batch in args.batch:
                 seconds = measure_latency(networks, size, batch_size=batch, rounds=args.rounds)
                 won = 1 - seconds["narrow"] / seconds["full"]
-                has_goal = (args.model, args.device, step) == ("resnet50", "cpu", 8)
+                has_goal = (args.model, args.device, args.threads, step) == ("resnet50", "cpu", 1, 8)
                 missed += has_goal and won < GOAL * removed
                 goal = f"   goal {100 * GOAL:.0f} %" if has_goal else ""
                 print(
