@@ -4,8 +4,8 @@
     python scripts/bench_prune.py --model mobilenetv2_100 --device cuda --batch 32
 
 Channels are drawn by lot (which ones does not matter for time). The full and the narrow network take turns,
-so that both see the same machine; the ratio counts, not the seconds. The goal is for one thread: several share a
-layer in blocks of channels, of which a narrow layer may have too few to keep them all busy on a single image.
+so that both see the same machine; the ratio counts, not the seconds. The goal is for one thread: several
+share a layer in blocks of channels, of which a narrow one may have too few to keep them busy on one image.
 """
 
 from __future__ import annotations
