@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers.masking import hold_masks
-from ..layers.narrow import fill_widths, read_widths
+from ..layers.narrow import fill_widths
 from ..store import parse_tensors
 from ._build import arch_cfgs, build, cifar_cfg, imagenet_cfg
 from .narrow import features_of, narrowed, read_table, record_args, refuse_path, without_memory
@@ -357,9 +357,8 @@ def _create(
         kwargs = {**features_of(_NETS[variant].base), **kwargs}
     model = build(partial(_network, variant), variant, pretrained, **given, **kwargs)
     made_from: dict[str, Any] = {"compress_rate": compress_rate} if compress_rate is not None else given
-    if not given and not kwargs.get("features_only"):
-        found = short_widths(variant, read_widths(model, full_network(variant)))
-        made_from = {"widths": found} if found else {}
+    if not given:
+        made_from = dict(getattr(model, "_model_args", {}))  # of a row of the table of weights
     record_args(model, made_from, widths)
     if masks is not None:
         hold_masks(model, _read_masks(masks))
