@@ -119,13 +119,16 @@ def write_authors(path: Path, folder: Path) -> nn.Module:
     Raises:
         UsageError: It holds another network.
     """
+    if path.exists():
+        raise UsageError(f'"{path}" exists already.   Name another file, or remove it.')
     model = read_saved(folder).model
     if not isinstance(model, CondenseNet) or not model.sfr_sizes[0]:
         raise UsageError(f'"{folder}" holds no CondenseNet V2 but a {type(model).__name__}.')
     state = to_authors(model.state_dict())
     find_variant(state)
     partial = path.with_name(path.name + ".partial")
-    torch.save({"state_dict": state}, partial)
+    with partial.open("wb") as file:  # whose errors say more than those of torch
+        torch.save({"state_dict": state}, file)
     partial.replace(path)
     return model
 

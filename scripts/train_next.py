@@ -178,9 +178,8 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
         raise UsageError(f"{out} has reached epoch {saved['epoch'] + 1} of {epochs}: train to the end first.")
     if hours is None:
         hours = sum(float(line) for line in (out / "hours.txt").read_text().split())
-    dataset = DATASETS[RECIPES[run.recipe].dataset]
     args, pruning = read_pruned(run, out)
-    model = timm.create_model(run.model, num_classes=dataset.num_classes, **args)
+    model = build(run, args)
     model.load_state_dict(saved["state_dict"])
     network = (run.weight, model, args, neutral_command(run), pruning)
     row = file_weight(*network, run, data, out, root, hours)
@@ -194,6 +193,14 @@ def file_run(run: Run, data: str, out: Path, root: Path, hours: float | None) ->
         small = condense(model.eval())
         file_weight(name, small, {**args, "condensed": True}, command, {}, run, data, out, root, hours)
     return row
+
+
+def build(run: Run, args: dict[str, Any]) -> Any:
+    """The network of a run, whose images are those of the data set whatever its architecture is made for."""
+    dataset = DATASETS[RECIPES[run.recipe].dataset]
+    model: Any = timm.create_model(run.model, num_classes=dataset.num_classes, **args)
+    model.pretrained_cfg = {**model.pretrained_cfg, **dataset.cfg(32)}
+    return model
 
 
 def file_weight(

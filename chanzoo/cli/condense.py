@@ -12,6 +12,7 @@ from .common import (
     add_format,
     add_model_options,
     build_model,
+    check_device,
     check_name,
     emit,
     human_bytes,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from ..hub.folders import Source
 
-HELP = "turn a trained CondenseNet, or any network with sparse reactivation, into its condensed form"
+HELP = "turn a trained CondenseNet or SFR-ShuffleNet into its condensed form"
 EXAMPLES = """\
   chanzoo condense condensenetv2_cifar110.c10j -o condensed
   chanzoo condense output/train/my_run -o condensed                  a folder of timm's train script
@@ -72,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
     from ..layers import condense
 
     source = _open(args)
-    model = source.model
+    model: Any = source.model
+    model.pretrained_cfg = {**model.pretrained_cfg, **(source.data or {})}  # as it was trained
+    if source.remark:
+        say(f"chanzoo: {source.remark}")
     if getattr(model, "condensed", False):
         raise UsageError(f'"{args.name}" is the condensed form already.\n  Nothing was written.')
     try:
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             else "\n  Nothing was written."
         )
         raise UsageError(f"{str(error).removesuffix(' The network is unchanged.').rstrip()}{hint}") from error
-    report = _measure(args, model, small)
+    report = {**_measure(args, model, small), "of": source.remark}
     saved = _saved(args, source, small)
 
     def write(folder: Path) -> None:
@@ -105,13 +109,35 @@ def _check_arguments(args: argparse.Namespace) -> None:
     check_output(args.output, _FILES, args.overwrite, args.name)
     if args.data and not Path(args.data).exists():
         raise UsageError(f'no image folder "{args.data}".\n  Nothing was written.')
-    if not Path(args.name).exists():
+    check_device(args.device)
+    path = Path(args.name)
+    if _is_run(path):
+        given = [name for name in ("weights", "checkpoint", "num_classes", "ema") if getattr(args, name)]
+        if given:
+            raise UsageError(
+                f'--{given[0].replace("_", "-")} belongs to a name, and "{path}" is a run: it says itself '
+                "what it holds, and its averaged weights are taken if there are any.\n  Nothing was written."
+            )
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(
+            f'"{path}" holds no network: neither config.json nor, of a run of the train script, args.yaml.\n'
+            "  Nothing was written."
+        )
+    elif not path.exists() and (path.suffix in (".tar", ".pth", ".pt", ".safetensors") or path.is_absolute()):
+        raise UsageError(f'there is no folder or checkpoint "{path}".\n  Nothing was written.')
+    elif not path.exists():
         check_name(args.name)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a checkpoint, or the folder of a run, was named rather than a network."""
+    return path.is_file() or ((path / "args.yaml").is_file() and not (path / "config.json").is_file())
 
 
 def _open(args: argparse.Namespace) -> Source:
     """The network by name, from a folder, or from a checkpoint beside the options of its run."""
     from ..hub.folders import DATA_KEYS, Source, cfg_of, read_training
+    from ..layers import is_condensed
 
     path = Path(args.name)
     if path.is_file():
@@ -121,8 +147,11 @@ def _open(args: argparse.Namespace) -> Source:
                 f"  Nothing was written.   Name it: chanzoo condense ARCH --checkpoint {path} -o OUT_DIR"
             )
         return read_training(path.parent, path)
-    if (path / "args.yaml").is_file() and not (path / "config.json").is_file():
-        return read_training(path)
+    if _is_run(path):
+        best, last = read_training(path), path / "last.pth.tar"
+        if is_condensed(best.model) or not last.is_file():
+            return best
+        return read_training(path, last)  # the best epoch came before the last drop
     model = build_model(args.name, args)
     cfg = cfg_of(model)
     keys = ("label_names", "label_descriptions", "license", "paper_ids")

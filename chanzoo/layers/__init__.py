@@ -1,6 +1,6 @@
 """Layers: tensors in, tensors out. They import torch and ``timm.layers`` only."""
 
-from .condensing import condense
+from .condensing import condense, follow_progress, is_condensed, learned_layers, reset_progress
 from .decorrelation import BatchDecorrelation, inverse_sqrt
 from .equilibrium import ChannelEquilibrium, EquilibriumAct, EquilibriumConv2d, MergedEquilibrium
 from .learned_group import CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation
@@ -18,5 +18,9 @@ __all__ = [
     "MergedEquilibrium",
     "SparseReactivation",
     "condense",
+    "follow_progress",
     "inverse_sqrt",
+    "is_condensed",
+    "learned_layers",
+    "reset_progress",
 ]

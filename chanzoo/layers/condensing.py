@@ -14,6 +14,7 @@ import weakref
 from typing import Any
 
 import torch
+from timm.layers import is_scriptable
 from torch import Tensor, nn
 
 from ..errors import UsageError
@@ -112,6 +113,13 @@ class CondensingProgress(nn.Module):
         self._stages: dict[int, int] = {}  # C → stage that the layers have been brought to
         self._epoch_start: int | None = None
         self._end: dict[str, int] | None = None
+        self._is_early = True  # whether the end has not been passed in this run
+        if total_steps and is_scriptable():
+            _logger.warning(
+                "total_steps=%d: a scripted network does not count its training, so it drops no connections. "
+                "Train it unscripted.",
+                total_steps,
+            )
         self.register_load_state_dict_post_hook(_forget)
 
     @torch.compiler.disable
@@ -136,12 +144,13 @@ class CondensingProgress(nn.Module):
                 for layer in learned_layers(model).values():
                     if layer.condensation_factor == factor:
                         layer.condense_to(stage)
-                self._stages[factor] = stage
+                self._stages[factor], self._is_early = stage, True
                 _logger.info(
                     "step %d of %d: stage %d of %d, %d of %d connections are left",
                     *(step, total, stage, factor - 1, factor - stage, factor),
                 )
-        if step == total:
+        if step >= total and self._is_early:
+            self._is_early = False
             _logger.warning(
                 "training goes on after total_steps=%d: it is longer than said, and every connection was "
                 "dropped too early. total_steps is epochs × batches per epoch.",
@@ -150,7 +159,7 @@ class CondensingProgress(nn.Module):
         self._step = step + 1
         self.train_step += 1
         assert self._end is not None
-        self._end["step"] = self._step
+        self._end |= {"step": self._step, "stage": self._stages.get(self._end["factor"], 0)}
 
     def forward(self, x: Any) -> Any:
         """Hand on what comes: a container (``Sequential``, timm's ``features_only``) runs all its parts."""
@@ -181,10 +190,14 @@ class CondensingProgress(nn.Module):
             )
         self._step = int(self.train_step)
         self._epoch_start = self._step if self._end is None else None
-        self._stages = {layer.condensation_factor: 0 for layer in layers}
+        self._stages = {}
+        for layer in layers:
+            factor, stage = layer.condensation_factor, int(layer.stage)
+            self._stages[factor] = min(stage, self._stages.get(factor, stage))
+        self._is_early = self._step < (self.total_steps or 0)
         if self._end is None:
             factor = max(self._stages, default=1)
-            self._end = {"step": self._step, "total": self.total_steps or 0, "factor": factor}
+            self._end = {"step": self._step, "total": self.total_steps or 0, "factor": factor, "stage": 0}
             weakref.finalize(self, _warn_unfinished, self._end)
 
 
@@ -195,12 +208,11 @@ def _forget(progress: CondensingProgress, _keys: Any) -> None:
 
 def _warn_unfinished(end: dict[str, int]) -> None:
     """Say at the end that the network cannot be condensed yet."""
-    stage = condensing_stage((end["step"] - 1) / end["total"], end["factor"])
-    if stage < end["factor"] - 1:
+    if end["stage"] < end["factor"] - 1:
         _logger.warning(
             "training ended at step %d of total_steps=%d, at stage %d of %d: the network is not condensed. "
             "Resume it, or start with the right total_steps.",
-            *(end["step"], end["total"], stage, end["factor"] - 1),
+            *(end["step"], end["total"], end["stage"], end["factor"] - 1),
         )
 
 

@@ -78,9 +78,11 @@ class _LearnedConv2d(nn.Module):
             dtype: Type of parameters.
 
         Raises:
-            UsageError: Groups or factor do not divide the channels.
+            UsageError: Groups or factor do not divide the channels, or the group lasso is negative.
         """
         super().__init__()
+        if not group_lasso >= 0:
+            raise UsageError(f"group_lasso={group_lasso}: expected 0 or more.\n  Nothing was built.")
         factor = groups if condensation_factor is None else condensation_factor
         self.in_channels, self.out_channels = in_channels, out_channels
         self.groups, self.condensation_factor = groups, factor
@@ -292,7 +294,9 @@ class LearnedGroupConv2d(_LearnedConv2d):
         Shape:
             ``(out, in, 1, 1)``.
         """
-        return (self.weight.view(-1, self.groups, self.in_channels) * self.mask).view_as(self.weight)
+        # A copy of the mask: the next forward may change it before this one's gradients are taken.
+        mask = self.mask.to(self.weight.dtype)
+        return (self.weight.view(-1, self.groups, self.in_channels) * mask).view_as(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Make new maps from old ones.
@@ -345,7 +349,8 @@ class SparseReactivation(_LearnedConv2d):
             ``(old, new, 1, 1)``.
         """
         grouped = self.weight.view(self.out_channels, -1, self.groups)
-        return (grouped * self.mask.unsqueeze(1)).view_as(self.weight)
+        mask = self.mask.to(self.weight.dtype)  # a copy, as in the learned group convolution
+        return (grouped * mask.unsqueeze(1)).view_as(self.weight)
 
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
         """Refresh old maps.

@@ -68,6 +68,7 @@ class StagedNet(nn.Module):
         stage5: Any
     chain: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4", "stage5")
     hidden = 0  # outputs of the hidden layer; 0 for none
+    learns_connections = False  # by layers that the constructor makes
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class StagedNet(nn.Module):
     @torch.jit.ignore()
     def note_condensed(self) -> None:
         """Called when the layers were condensed: from now on the network is built with ``condensed=True``."""
-        if hasattr(self, "condensed"):  # else it got its layers by hand, and no arguments build it
+        if self.learns_connections:  # else it got its layers by hand, and no arguments build it
             self.condensed = True
             update_model_args(self, condensed=True)
 

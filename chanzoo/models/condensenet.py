@@ -110,6 +110,7 @@ class CondenseNet(StagedNet):
         stem: Any
         norm: Any
         act: Any
+    learns_connections = True
     chain = ("stem", *(f"stage{i + 1}" for i in range(_STAGES)), "norm", "act")
 
     def __init__(
@@ -174,6 +175,9 @@ class CondenseNet(StagedNet):
                 f"depths={list(depths)} and growth={list(growth)}: expected one number each for 1 to "
                 f"{_STAGES} stages.\n  Nothing was built."
             )
+        numbers = {"depths": min(depths), "growth": min(growth), "bottleneck": bottleneck}
+        if odd := [name for name, value in numbers.items() if value < 1]:
+            raise UsageError(f"{odd[0]} below 1: every layer has to make maps.\n  Nothing was built.")
         # Plain values may be set before the constructor below, which asks for the parts.
         self.depths, self.growth = tuple(depths), tuple(growth)
         self.bottleneck, self.stem_stride = bottleneck, stem_stride

@@ -160,6 +160,7 @@ class ShuffleNetV2(StagedNet):
         # Plain values may be set before the constructor below, which asks for the parts.
         self.channels, self.depths = tuple(channels), tuple(depths)
         self.reactivation, self.condensed, self.group_lasso = reactivation, condensed, group_lasso
+        self.learns_connections = reactivation
         super().__init__(
             num_classes=num_classes,
             in_chans=in_chans,

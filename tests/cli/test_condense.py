@@ -189,3 +189,53 @@ def test_steps_of_recipes(cli, images: Path, tmp_path: Path) -> None:
     assert done.code == 2 and "give 9 processes no batch of 4" in done.err
     mine.write_text("epochs: many\n")
     assert "epochs is 'many', expected a whole number" in cli("recipe", "steps", mine, "--data", images).err
+
+
+def test_a_run_is_measured_as_it_was_trained(cli, run_folder: Path, images: Path, tmp_path: Path) -> None:
+    options = yaml.safe_load((run_folder / "args.yaml").read_text())
+    (run_folder / "args.yaml").write_text(yaml.safe_dump({**options, "img_size": 48, "mean": [0.1] * 3}))
+    done = cli("condense", run_folder, "-o", tmp_path / "out", "--data", images, "--format", "json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["input_size"] == [3, 48, 48]
+    assert report["macs"]["condensed"] == chanzoo.count_macs(load(tmp_path / "out"), (3, 48, 48))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert (config["input_size"], config["mean"]) == ([3, 48, 48], [0.1] * 3)
+
+
+def test_a_best_epoch_before_the_last_drop_gives_way_to_the_last(
+    cli, run_folder: Path, tmp_path: Path
+) -> None:
+    (run_folder / "checkpoint-0.pth.tar").rename(run_folder / "model_best.pth.tar")
+    done = cli("condense", run_folder, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "chanzoo: The weights of the run's last epoch, number 7 counted from 0." in done.err
+    asked = cli("condense", run_folder / "model_best.pth.tar", "-o", tmp_path / "best")
+    assert asked.code == 2 and "Train it to the end" in asked.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--num-classes", "3"), "--num-classes belongs to a name"),
+        (("--checkpoint", "zzz"), "--checkpoint belongs to a name"),
+        (("--weights", "none"), "--weights belongs to a name"),
+        (("--ema",), "--ema belongs to a name"),
+        (("--device", "foo"), 'no device "foo" here'),
+    ],
+)
+def test_options_that_a_run_has_no_use_for(
+    cli, run_folder: Path, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    done = cli("condense", run_folder, "-o", tmp_path / "out", *options)
+    assert done.code == 2 and words in done.err and not (tmp_path / "out").exists()
+
+
+def test_places_where_there_is_no_network(cli, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        ("empty", "holds no network: neither config.json"),
+        ("none", "there is no folder or"),
+    ):
+        done = cli("condense", tmp_path / name, "-o", tmp_path / "out")
+        assert done.code == 2 and words in done.err

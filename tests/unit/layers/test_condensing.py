@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import set_layer_config
 from torch import nn
 
 import chanzoo  # noqa: F401  # registers the networks
@@ -325,3 +326,44 @@ def test_processes_that_train_together_drop_the_same(broadcast: bool, tmp_path: 
             for key, value in state.items():
                 if "running" not in key and "num_batches" not in key:
                     assert torch.equal(value, its_state[key]), key
+
+
+def test_two_forwards_before_one_backward() -> None:
+    model = net(8)
+    x = torch.randn(2, 3, 6, 6)
+    for _ in range(4):
+        (model(x) + model(x)).sum().backward()
+    assert is_condensed(model)
+
+
+@pytest.mark.parametrize("total", [4, 100])
+def test_a_finished_network_is_trained_further_in_silence(
+    caplog: pytest.LogCaptureFixture, total: int
+) -> None:
+    """It has dropped all it had to, whatever the count says."""
+    model, again = net(4), net(total)
+    run(model, 4)
+    again.load_state_dict(model.state_dict())
+    caplog.clear()
+    run(again, 3)
+    assert is_condensed(again)
+    del again
+    gc.collect()
+    assert not said(caplog, "training goes on") and not said(caplog, "training ended at step 7")
+
+
+def test_a_position_beyond_the_end_is_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, again = net(20), net(5)
+    run(model, 6)
+    again.load_state_dict(model.state_dict())
+    run(again, 3)
+    assert is_condensed(again)
+    assert len(said(caplog, "training goes on after total_steps=5")) == 1
+
+
+def test_scripted_networks_say_that_they_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    with set_layer_config(scriptable=True):
+        CondensingProgress(None)
+        assert not said(caplog, "total_steps")
+        CondensingProgress(4)
+    assert said(caplog, "total_steps=4: a scripted network does not count its training")
