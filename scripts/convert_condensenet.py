@@ -56,6 +56,9 @@ def convert(state: dict[str, Tensor]) -> tuple[str, nn.Module]:
     variant = find_variant(state)
     ours = from_authors(state, VARIANTS[variant].get("groups", 8))
     condensed = any(key.endswith(".index") for key in ours)
+    for key, axes in (("fc.bias", 1), ("stem.weight", 4)):  # of which the sizes of the network are taken
+        if key not in ours or ours[key].ndim != axes:
+            raise UsageError(f'"{key}" of {variant} is {"of another shape" if key in ours else "missing"}.')
     args: dict[str, Any] = {"num_classes": len(ours["fc.bias"]), "in_chans": ours["stem.weight"].shape[1]}
     if condensed:
         args["condensed"] = True

@@ -69,6 +69,8 @@ def from_authors(
             size = groups if reactivation_groups is None or not is_sfr else reactivation_groups
             ours[f"{layer}.mask"] = _compact(key, value, size, is_sfr)
         elif leaf == "_stage":
+            if value.numel() != 1:
+                raise UsageError(f'"{key}" has {value.numel()} numbers: expected one.')
             ours[f"{layer}.stage"] = value.reshape(()).to(torch.int64)
         elif leaf == "index" and value.ndim == 2:
             ours[name] = _slots(key, value)
@@ -154,6 +156,8 @@ def _compact(key: str, full: Tensor, groups: int, is_sfr: bool) -> Tensor:
     Raises:
         UsageError: It holds fractions, or is not the same for all members of a group.
     """
+    if full.ndim < 2:
+        raise UsageError(f'"{key}" is no mask: expected the shape of the weight, found {list(full.shape)}.')
     flat = full.flatten(1)
     mask = flat != 0
     compact = mask[:, :groups] if is_sfr else mask[:groups]

@@ -159,6 +159,9 @@ def test_an_input_of_another_size() -> None:
         ({"groups_3x3": 3}, "layer 0 of stage 1: groups_3x3=3 does not divide the 8 new maps"),
         ({"depths": (1,)}, r"depths=\[1\] and growth=\[8, 16\]: expected one number each"),
         ({"total_steps": 0}, "total_steps=0: expected a whole number above 0"),
+        ({"bottleneck": 0}, "bottleneck below 1: every layer has to make maps"),
+        ({"growth": (0, 16)}, "growth below 1: every layer has to make maps"),
+        ({"group_lasso": -1.0}, r"group_lasso=-1\.0: expected 0 or more"),
     ],
 )
 def test_arguments_that_do_not_fit_name_the_layer(options: dict, message: str) -> None:

@@ -77,6 +77,38 @@ def test_what_does_not_fit_is_named_and_nothing_written(
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("classifier.bias", None, '"fc.bias" of condensenetv2_a is missing'),
+        ("classifier.bias", torch.tensor(1.0), '"fc.bias" of condensenetv2_a is of another shape'),
+        ("features.init_conv.weight", torch.zeros(3), '"stem.weight" of condensenetv2_a is of another shape'),
+        (f"{LAYER}conv_1._mask", torch.tensor(1.0), "is no mask: expected the shape of the weight"),
+        (f"{LAYER}conv_1._stage", torch.zeros(2), "has 2 numbers: expected one"),
+    ],
+)
+def test_entries_of_odd_shapes_are_named(
+    trained: nn.Module, entry: str, value: torch.Tensor | None, words: str
+) -> None:
+    state = theirs(trained)
+    assert entry in state
+    del state[entry]
+    with pytest.raises(UsageError, match=words):
+        convert(state if value is None else {**state, entry: value})
+
+
+def test_a_checkpoint_of_theirs_is_not_overwritten(
+    trained: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm.models.save_for_hf(trained, tmp_path / "ours", safe_serialization=True)
+    target = tmp_path / "x.pth"
+    target.write_text("mine")
+    assert main(["--to-authors", str(tmp_path / "ours"), str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err and target.read_text() == "mine"
+    assert main(["--to-authors", str(tmp_path / "ours"), str(tmp_path / "no" / "x.pth")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_an_index_beyond_the_channels_is_refused(trained: nn.Module) -> None:
     state = theirs(condense(trained))
     state[f"{LAYER}conv_1.index"][0] = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ import chanzoo
 from chanzoo.errors import UsageError
 from chanzoo.layers import condense
 from chanzoo.layers.condensing import learned_layers
+from chanzoo.models.reactivate import add_reactivation
 from chanzoo.models.shufflenetv2 import VARIANTS, ShuffleNetV2
 
 # Parameters and multiply-adds at 224×224: plain, in the form to train, condensed.
@@ -183,3 +185,14 @@ def test_refuses_sizes_that_do_not_fit(options: dict[str, tuple[int, ...]]) -> N
 def test_refuses_steps_that_are_none() -> None:
     with pytest.raises(UsageError, match="total_steps=0"):
         ShuffleNetV2(reactivation=True, total_steps=0, **SMALL)
+
+
+def test_reactivation_added_by_hand_is_not_among_the_arguments() -> None:
+    """No argument of a plain network builds the condensed form of what was added to it."""
+    model: Any = timm.create_model("shufflenetv2_x0_5")
+    add_reactivation(model, "stage2.1", total_steps=1)
+    model.train()(torch.randn(2, 3, 64, 64))
+    for layer in learned_layers(model).values():
+        layer.condense_to(layer.condensation_factor - 1)
+    small: Any = condense(model)
+    assert not small.condensed and "condensed" not in small._model_args
