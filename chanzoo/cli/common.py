@@ -185,7 +185,7 @@ def check_name(name: str) -> None:
     """
     import timm
 
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith(("hf-hub:", "local-dir:")) or Path(name, "config.json").is_file():
         return
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from .common import add_format, check_name, emit, human_bytes, human_count, percent, where
+from .folders import folder_of, is_folder
 
 HELP = "show size, cost, input, source and licence of a network"
 EXAMPLES = """\
@@ -17,14 +18,14 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("name", metavar="NAME", help="arch or arch.tag")
+    parser.add_argument("name", metavar="NAME", help="arch or arch.tag; hf-hub:ORG/REPO; or a folder")
     add_format(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Show one network."""
     check_name(args.name)
-    data = describe(args.name)
+    data = describe(f"local-dir:{folder_of(args.name)}" if is_folder(args.name) else args.name)
     emit(data, args.format == "json", ("", ""), table(data))
     return 0
 

@@ -52,7 +52,7 @@ _FILES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("name", metavar="NAME", help="arch or arch.tag, ours or timm's")
+    parser.add_argument("name", metavar="NAME", help="arch or arch.tag, ours or timm's; or a folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--channels", metavar="DATA_DIR", help="folder of images, see chanzoo eval")
     what.add_argument("--reuse", action="store_true", help="which features each layer of a CondenseNet uses")

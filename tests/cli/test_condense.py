@@ -239,3 +239,11 @@ def test_places_where_there_is_no_network(cli, tmp_path: Path) -> None:
     ):
         done = cli("condense", tmp_path / name, "-o", tmp_path / "out")
         assert done.code == 2 and words in done.err
+
+
+def test_a_condensed_folder_is_a_network_for_other_commands(cli, saved: Path, tmp_path: Path) -> None:
+    assert cli("condense", saved, "-o", tmp_path / "small").code == 0
+    assert cli("inspect", tmp_path / "small", "--reuse", "-o", tmp_path / "reuse", "--no-plots").code == 0
+    told = cli("info", tmp_path / "small", "--format", "json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["arch"]
