@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_macs", "count_params"]
+__all__ = ["count_macs", "count_params", "input_size_of"]
 
 
 def count_params(model: nn.Module) -> int:
@@ -35,3 +36,10 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(image)
     return counter.get_total_flops() // 2
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images a network is made for."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    return int(getattr(model, "in_chans", channels)), int(height), int(width)

@@ -173,9 +173,8 @@ def _measure(args: argparse.Namespace, model: nn.Module, small: nn.Module) -> di
     from safetensors.torch import save
     from timm.utils.model import reparameterize_model
 
-    from ..hub.saved import input_size_of
     from ..layers.condensing import learned_layers
-    from ..macs import count_macs, count_params
+    from ..macs import count_macs, count_params, input_size_of
     from ..measure.accuracy import evaluate
     from ..measure.latency import measure_latency
 

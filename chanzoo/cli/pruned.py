@@ -75,8 +75,7 @@ def make_report(
     recalibrated: dict[str, int],
 ) -> dict[str, Any]:
     """All figures, for programs."""
-    from ..hub.saved import input_size_of
-    from ..macs import count_macs, count_params
+    from ..macs import count_macs, count_params, input_size_of
     from ..measure.images import data_config
     from ..measure.latency import measure_latency
 

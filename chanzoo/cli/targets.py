@@ -100,8 +100,7 @@ def check_unmet(args: argparse.Namespace, model: nn.Module, target: dict[str, An
     Raises:
         UsageError: Likewise.
     """
-    from ..hub.saved import input_size_of
-    from ..macs import count_macs, count_params
+    from ..macs import count_macs, count_params, input_size_of
 
     name, asked = next(iter(target.items()))
     if name == "budget" and not is_share(args.latency):
@@ -126,7 +125,7 @@ def is_share(text: str) -> bool:
 def latency_budget(model: nn.Module, text: str) -> Budget:
     """A budget of time; each candidate takes turns with the full network."""
     from ..compress import Budget
-    from ..hub.saved import input_size_of
+    from ..macs import input_size_of
     from ..measure.latency import measure_latency
 
     amount = read_amount(text, "--latency", ("us", "ms", "s"))

@@ -1,8 +1,9 @@
 """Turns one network into another; never trains."""
 
+from .budget import Budget
 from .groups import Group, find_groups
 from .methods import METHODS, Evidence, Method
-from .prune import Budget, Pruned, prunable, prune
+from .prune import Pruned, prunable, prune
 from .rank import collect_ranks, rank_of_maps
 from .recalibrate import recalibrate_norms
 from .scores import RankTable, keep_count, read_ranks, saturated, select, undecided

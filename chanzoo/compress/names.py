@@ -12,7 +12,7 @@ from ..errors import ChanzooError, UsageError
 from ..layers.narrow import read_widths
 from ..models.hrank import HRANK_NAMES, short_widths
 
-__all__ = ["narrow_name", "record_name"]
+__all__ = ["name_of", "narrow_name", "record_name"]
 
 
 def narrow_name(small: nn.Module, arch: str, model_args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -60,3 +60,9 @@ def record_name(small: Any, full: Any) -> None:
         return
     small.pretrained_cfg = {**cfg, "architecture": name}
     small._model_args = args
+
+
+def name_of(model: nn.Module) -> str:
+    """The registered name of a network, else its class's, for messages."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)

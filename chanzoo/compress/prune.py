@@ -8,13 +8,8 @@ Training is not done here. Before any fine-tuning, norms are measured anew by
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -22,39 +17,23 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers import CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation
-from ..models.hrank import HRANK_NAMES, read_rates, widths_of_rates
-from .cost import Ledger
+from ..macs import input_size_of
+from ..models.hrank import HRANK_NAMES, widths_of_rates
+from .budget import Budget, Target, solve
 from .groups import Group, Slot, find_groups
 from .methods import METHODS, Evidence, Method
-from .names import record_name
+from .names import name_of, record_name
 from .own import authors_vectors, own_masks
 from .rank import collect_ranks
-from .scores import RankTable, keep_count, select
-from .surgery import Masks, check_same, masks_of, narrowed, tried, widths_of
+from .rates import cut, is_number, keep_counts, rates_by_root
+from .scores import RankTable
+from .surgery import check_same, masks_of, narrowed, tried, widths_of
 
-__all__ = ["Budget", "Pruned", "cut", "keep_counts", "prunable", "prune"]
+__all__ = ["Pruned", "prunable", "prune"]
 
 _NOTHING = "Nothing was pruned."
 _CHOOSES = (CondensedConv2d, CondensedReactivation, LearnedGroupConv2d, SparseReactivation)
 _CONTRACT = ("forward_features", "forward_head", "get_classifier")
-_MOST = 1 - 1e-9  # the highest rate of the search
-_TRIES = 6  # measurements anew of a network that is within its time
-_STEPS, _MEASURED_STEPS = 12, 7  # halvings of the search: a four-thousandth, a hundredth
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a narrow network may cost, for costs that have to be measured.
-
-    Attributes:
-        name: Of what is measured, for messages.
-        target: At most this much.
-        cost: From a narrow network to its cost.
-    """
-
-    name: str
-    target: float
-    cost: Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -145,7 +124,7 @@ def prune(
     criterion = METHODS[method]
     if criterion.needs_data and loader is None and ranks is None:
         raise UsageError(f'method "{method}" looks at images: pass a loader.\n  {_NOTHING}')
-    size = _input_size(model)[1:]
+    size = input_size_of(model)[1:]
     table = {} if compress_rate is None else _published(model, compress_rate)
     if align == "own":
         if not table:
@@ -159,11 +138,11 @@ def prune(
     if table:
         by_root, counts = _from_table(model, groups, table)
     elif rates is not None:
-        by_root = _by_root(groups, rates)
+        by_root = rates_by_root(groups, rates)
         counts = keep_counts(free, by_root, round_to=round_to)
     else:
-        target = _Target.of(model, groups, macs, params, budget)
-        rate, counts = _solve(model, groups, target, min_width=min_width, round_to=round_to)
+        target = Target.of(model, macs, params, budget)
+        rate, counts = solve(model, groups, target, min_width=min_width, round_to=round_to)
         by_root = {group.root: rate for group in free}
     if criterion.needs_data and ranks is None and loader is not None:
         ranks = collect_ranks(model, loader, images=images, progress=progress, snapshot=snapshot)
@@ -176,7 +155,7 @@ def prune(
 
 
 def _variant(model: nn.Module) -> str:
-    name = _name(model)
+    name = name_of(model)
     return name if name in HRANK_NAMES.values() else HRANK_NAMES.get(name, "")
 
 
@@ -185,7 +164,7 @@ def _published(model: nn.Module, compress_rate: str | Sequence[float]) -> dict[s
     variant = _variant(model)
     if not variant:
         raise UsageError(
-            f"compress_rate: no such lists are known for {_name(model)}; for: {', '.join(HRANK_NAMES)}.\n"
+            f"compress_rate: no such lists are known for {name_of(model)}; for: {', '.join(HRANK_NAMES)}.\n"
             f"  {_NOTHING}   Use rates, or a budget"
         )
     table = widths_of_rates(variant, compress_rate)
@@ -239,7 +218,7 @@ def _prune_own(
             lone.append(Group(conv, layer.out_channels, (Slot(conv, "out", every, every),), (conv,)))
         scores = criterion.score(model, lone, evidence)
     first = next(model.parameters())
-    image = torch.zeros(1, *_input_size(model), device=first.device, dtype=first.dtype)
+    image = torch.zeros(1, *input_size_of(model), device=first.device, dtype=first.dtype)
     masks = own_masks(model, image, table, scores)
     small = narrowed(model, masks)
     kept = {name: mask.nonzero()[:, 0] for (name, axis), mask in masks.items() if axis == "out"}
@@ -250,12 +229,6 @@ def _prune_own(
     return Pruned(small, widths_of(model, masks), kept, rates, groups, evidence.ranks)
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = cfg.get("input_size") or (3, 224, 224)
-    return int(getattr(model, "in_chans", channels)), int(height), int(width)
-
-
 def _check_arguments(targets: dict[str, Any], min_width: int, round_to: int) -> None:
     given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
@@ -263,15 +236,11 @@ def _check_arguments(targets: dict[str, Any], min_width: int, round_to: int) -> 
             f"{' and '.join(given) or 'nothing'} given: expected one of {', '.join(targets)}.\n  {_NOTHING}"
         )
     for name in ("macs", "params"):
-        if targets[name] is not None and not (_is_number(targets[name]) and targets[name] > 0):
+        if targets[name] is not None and not (is_number(targets[name]) and targets[name] > 0):
             raise UsageError(f"{name}={targets[name]!r}: expected a share up to 1, or a count.\n  {_NOTHING}")
     for name, value in (("min_width", min_width), ("round_to", round_to)):
         if value < 1:
             raise UsageError(f"{name}={value}: expected 1 or more.\n  {_NOTHING}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def prunable(
@@ -294,12 +263,12 @@ def prunable(
     for name, module in model.named_modules():
         if isinstance(module, _CHOOSES):
             raise UsageError(
-                f'layer "{name}" of {_name(model)} ({type(module).__name__}) chooses its connections itself: '
-                f"its channels cannot be removed.\n  {_NOTHING}   See: chanzoo condense --help"
+                f'layer "{name}" of {name_of(model)} ({type(module).__name__}) chooses its connections '
+                f"itself: its channels cannot be removed.\n  {_NOTHING}   See: chanzoo condense --help"
             )
     if missing := [name for name in _CONTRACT if not callable(getattr(model, name, None))]:
         raise UsageError(
-            f"{_name(model)} has no {missing[0]}: expected a classifier with timm's model contract, as "
+            f"{name_of(model)} has no {missing[0]}: expected a classifier with timm's model contract, as "
             f"timm.create_model builds it without features_only.\n  {_NOTHING}"
         )
     groups = []
@@ -316,184 +285,6 @@ def prunable(
     if all(group.reason for group in groups):
         lines = [f"  {group.root}: {group.reason}" for group in groups[:5]]
         raise UsageError(
-            "\n".join([f"{_name(model)} has no channels that can be removed.", *lines, f"  {_NOTHING}"])
+            "\n".join([f"{name_of(model)} has no channels that can be removed.", *lines, f"  {_NOTHING}"])
         )
     return groups
-
-
-def _by_root(groups: Sequence[Group], rates: Any) -> dict[str, float]:
-    """A rate for every group that may be cut."""
-    free = [group for group in groups if not group.reason]
-    rates = read_rates(rates) if isinstance(rates, str) else rates
-    rates = rates.tolist() if callable(getattr(rates, "tolist", None)) else rates  # of an array, a tensor
-    every = (
-        rates.values() if isinstance(rates, Mapping) else rates if isinstance(rates, Sequence) else [rates]
-    )
-    if odd := [rate for rate in every if not _is_number(rate)]:
-        raise UsageError(
-            f"rates hold {odd[0]!r}: expected fractions to remove, from 0 to below 1.\n  {_NOTHING}"
-        )
-    if isinstance(rates, Mapping):
-        return dict.fromkeys((group.root for group in free), 0.0) | _by_pattern(groups, rates)
-    if isinstance(rates, Sequence):
-        if len(rates) != len(free):
-            raise UsageError(
-                f"{len(rates)} rates: expected {len(free)}, one for each group from {free[0].root} to "
-                f"{free[-1].root}.\n  {_NOTHING}"
-            )
-        return {group.root: rate for group, rate in zip(free, rates, strict=True)}
-    return {group.root: rates for group in free}
-
-
-def _by_pattern(groups: Sequence[Group], rates: Mapping[str, float]) -> dict[str, float]:
-    """Rates of the groups that are named, or else match a pattern; several of them have to agree."""
-    found: dict[str, float] = {}
-    patterns = {key for key in rates if set("*?[") & set(key)}
-    for keys in (rates.keys() - patterns, patterns):
-        settled = set(found)
-        for key in sorted(keys):
-            hit = [g for g in groups if any(fnmatch.fnmatchcase(conv, key) for conv in g.convs)]
-            if all(group.reason for group in hit):
-                names = [conv for group in groups if not group.reason for conv in group.convs]
-                near = difflib.get_close_matches(key, names, n=1)
-                why = f": {hit[0].reason}." if hit else f". Did you mean {near[0]}?" if near else "."
-                raise UsageError(f'rates name "{key}", which cannot be pruned here{why}\n  {_NOTHING}')
-            for root in {group.root for group in hit if not group.reason} - settled:
-                if found.setdefault(root, rates[key]) != rates[key]:
-                    raise UsageError(
-                        f'rates give layer "{root}" both {found[root]} and {rates[key]} (by "{key}").\n'
-                        f"  {_NOTHING}   A layer's own name counts before patterns"
-                    )
-    return found
-
-
-def keep_counts(
-    groups: Sequence[Group], rates: Mapping[str, float], *, min_width: int = 0, round_to: int = 1
-) -> dict[str, int]:
-    """How many channels each group keeps.
-
-    Args:
-        groups: With a rate each.
-        rates: By root, fraction removed.
-        min_width: Least channels that stay; 0 for an error where none would.
-        round_to: See :func:`prune`.
-
-    Raises:
-        UsageError: A rate is outside [0, 1), or leaves nothing; names the layer.
-    """
-    counts = {}
-    for group in groups:
-        rate = rates[group.root]
-        try:
-            keep = keep_count(group.channels, rate, least=min_width)
-        except UsageError as error:
-            raise UsageError(f'layer "{group.root}": {error}\n  {_NOTHING}') from error
-        step = math.lcm(group.chunks, round_to)
-        step = step if step < group.channels else group.chunks
-        least = 2 * group.chunks if group.chunks > 1 else 1  # a group of one channel is another kind of layer
-        if rate and step > 1:
-            keep = max(step * math.ceil(max(least, min_width) / step), step * round(keep / step))
-        counts[group.root] = min(keep, group.channels) if rate else group.channels
-    return counts
-
-
-def cut(
-    groups: Sequence[Group], scores: Mapping[str, Tensor], counts: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Which channels stay: those of the highest scores, equally many in each chunk of a group.
-
-    Returns:
-        By root: ascending indices.
-    """
-    kept = {}
-    for group in groups:
-        chunks = scores[group.root].chunk(group.chunks)
-        length, keep = group.channels // group.chunks, counts[group.root] // group.chunks
-        kept[group.root] = torch.cat([select(part, keep) + i * length for i, part in enumerate(chunks)])
-    return kept
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A cost to stay below, of the network that some masks leave."""
-
-    name: str
-    amount: float
-    cost: Callable[[Masks], float]
-    is_measured: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        groups: Sequence[Group],
-        macs: float | None,
-        params: float | None,
-        budget: Budget | None,
-    ) -> _Target:
-        if budget is not None:
-            measure = budget.cost
-            return cls(budget.name, budget.target, lambda masks: measure(narrowed(model, masks)), True)
-        what, amount, name = ("macs", macs, "MACs") if macs is not None else ("params", params, "parameters")
-        assert amount is not None
-        cost = partial(Ledger(model, _input_size(model)), what)
-        return cls(name, amount * cost({}) if amount <= 1 else amount, cost)
-
-
-def _solve(
-    model: nn.Module, groups: Sequence[Group], target: _Target, *, min_width: int = 1, round_to: int = 1
-) -> tuple[float, dict[str, int]]:
-    """The least rate that meets a target: the same for all groups, but for what rounding leaves over."""
-    free = [group for group in groups if not group.reason]
-
-    def counts_at(rate: float) -> tuple[int, ...]:
-        rates = {group.root: rate for group in free}
-        return tuple(keep_counts(free, rates, min_width=min_width, round_to=round_to).values())
-
-    @cache
-    def cost_of(counts: tuple[int, ...]) -> float:
-        scores = {group.root: -torch.arange(group.channels) for group in free}
-        kept = cut(free, scores, {group.root: n for group, n in zip(free, counts, strict=True)})
-        return target.cost(masks_of(model, groups, kept))
-
-    low, high = 0.0, _MOST
-    if cost_of(counts_at(low)) <= target.amount:
-        high = low
-    elif (floor := cost_of(counts_at(high))) > target.amount:
-        whole = [group for group in groups if group.reason]
-        lines = [
-            f"cannot reach {_say(target.amount)} {target.name} for {_name(model)}: with {min_width} or more "
-            f"channels per layer the floor is {_say(floor)}.",
-            *(f"  {group.root} stays whole: {group.reason}" for group in whole[:5]),
-            f"  {_NOTHING}",
-        ]
-        raise UsageError("\n".join(lines))
-    for _ in range(_MEASURED_STEPS if target.is_measured else _STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost_of(counts_at(middle)) <= target.amount else (middle, high)
-    # Between the two rates many layers lose a channel at once: as many of the first as fit stay wider.
-    wide, narrow = counts_at(low), counts_at(high)
-    fits, too_many = 0, len(free)
-    while not target.is_measured and too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        is_within = cost_of((*wide[:middle], *narrow[middle:])) <= target.amount
-        fits, too_many = (middle, too_many) if is_within else (fits, middle)
-    counts = (*wide[:fits], *narrow[fits:])
-    for _ in range(_TRIES if target.is_measured else 0):  # the one measurement may have been a lucky one
-        if cost_of.__wrapped__(counts) <= target.amount:
-            break
-        high += (_MOST - high) / 8
-        counts = counts_at(high)
-    return high, {group.root: n for group, n in zip(free, counts, strict=True)}
-
-
-def _say(value: float) -> str:
-    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
-def _name(model: nn.Module) -> str:
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)

@@ -20,12 +20,12 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 
 from .. import weights
 from ..errors import UsageError
-from ..measure import count_macs, count_params
+from ..macs import count_macs, count_params, input_size_of
 from ..store import FILE_NAME, cached_path, embedded_path, find_local, load_tensors
 from ..weights import DATASETS, Weight
 from .card import Facts, Listed, Measured, model_card
 from .folders import CONFIG, DATA_KEYS, EVIDENCE, Source, cfg_of, load, read_saved, read_training
-from .saved import check_comes_back, config_bytes, input_size_of
+from .saved import check_comes_back, config_bytes
 
 __all__ = ["OURS", "Package", "package_folder", "package_row", "with_measured"]
 

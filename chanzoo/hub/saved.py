@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ..compress.names import narrow_name
 from ..errors import ChanzooError, UsageError
+from ..macs import input_size_of
 from ..models import check_folder
 from ..models._saved import sha256_note
 from ..store import FILE_NAME, widen
-from .folders import CONFIG, Source, cfg_of, create
+from .folders import CONFIG, Source, create
 
-__all__ = ["check_comes_back", "config_bytes", "input_size_of", "named_network", "network_files", "unpacked"]
+__all__ = ["check_comes_back", "config_bytes", "named_network", "network_files", "unpacked"]
 
 # What of a timm config says how a network is used; the rest says where it came from.
 _CFG_KEYS = {
@@ -74,14 +75,7 @@ def config_bytes(source: Source, content: bytes, extra: dict[str, Any]) -> bytes
 def named_network(small: nn.Module, arch: str, model_args: dict[str, Any]) -> nn.Module:
     """The same network under a name that builds it from its widths.
 
-    Args:
-        small: A network of the architecture, narrowed.
-        arch: Registered name of the full one.
-        model_args: Arguments that the full one was built with; those of a network that was narrowed before
-            may hold its widths.
-
-    Raises:
-        UsageError: It differs from the full one in other ways than widths.
+    Arguments and errors as of :func:`chanzoo.compress.names.narrow_name`.
     """
     name, args = narrow_name(small, arch, model_args)
     model = create(name, args.get("base", arch), **args)
@@ -133,9 +127,3 @@ def check_comes_back(
             "  Nothing was sent or saved.   64-bit floats do not survive: save the network in 32 or 16 bits"
         )
     return again
-
-
-def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the images a network is made for."""
-    size = cfg_of(model).get("input_size", (3, 224, 224))
-    return (int(getattr(model, "in_chans", size[0])), int(size[1]), int(size[2]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chanzoo.compress import Budget, Group, prune, recalibrate_norms
-from chanzoo.compress.prune import keep_counts
+from chanzoo.compress.rates import keep_counts
 from chanzoo.errors import UsageError
 
 SMALL = "cifar_resnet20"

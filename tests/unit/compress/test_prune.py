@@ -23,7 +23,7 @@ from chanzoo.compress import (
     recalibrate_norms,
 )
 from chanzoo.compress.own import authors_vectors, layer_masks
-from chanzoo.compress.prune import cut, keep_counts
+from chanzoo.compress.rates import cut, keep_counts
 from chanzoo.compress.surgery import check_same, masks_of, narrowed, tried, zeroed
 from chanzoo.errors import UsageError
 from chanzoo.layers.narrow import apply_widths, read_widths
