@@ -109,7 +109,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def count(model: nn.Module) -> int:
-    """Numbers that a network computes with; a fused one keeps its own in buffers."""
+    """Numbers that a network computes with, statistics of norms included."""
     return sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
 
 

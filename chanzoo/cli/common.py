@@ -278,7 +278,7 @@ def load_checkpoint(model: nn.Module, name: str, path: Path, ema: bool) -> None:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         shown = "\n".join(f"  {line.strip()}"[:200] for line in lines[:4])
-        raise UsageError(f'"{path}" is no checkpoint of {name}:\n{shown}\n  Nothing was measured.') from error
+        raise UsageError(f'"{path}" is no checkpoint of {name}:\n{shown}\n  Nothing was done.') from error
 
 
 def _explain(name: str, error: Exception) -> Exception:

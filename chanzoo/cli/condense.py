@@ -38,11 +38,12 @@ EXAMPLES = """\
   chanzoo condense condensenetv2_a --checkpoint weights.pth -o condensed
 
 OUT_DIR gets the network (config.json, model.safetensors), which timm loads by name:
-timm.create_model("local-dir:OUT_DIR", pretrained=True). Beside it, report.json: multiply-adds, parameters,
-bytes and latency of both forms, and how much their outputs differ. A network that has not dropped all its
-connections is refused: nothing is dropped here.
+timm.create_model("local-dir:OUT_DIR", pretrained=True). Beside it, recipe and summary of a run, and
+report.json: multiply-adds, parameters, bytes and latency of both forms, and how much their outputs differ.
+A network that has not dropped all its connections is refused: nothing is dropped here.
 """
-_FILES = {"config.json", "model.safetensors", "report.json"}
+_EVIDENCE = ("recipe.yaml", "summary.csv")  # of the training, which is that of both forms
+_FILES = {"config.json", "model.safetensors", "report.json", *_EVIDENCE}
 _TOLERANCE = 1e-4  # of the largest output; the two forms differ by the order of summation, below 1e-6
 
 
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     def write(folder: Path) -> None:
         from ..hub.saved import network_files
 
-        for path, content in network_files(*saved).items():
+        evidence = {name: source.files[name] for name in _EVIDENCE if name in source.files}
+        for path, content in (network_files(*saved) | evidence).items():
             (folder / path).write_bytes(content)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -226,11 +228,13 @@ def _saved(args: argparse.Namespace, source: Source, small: nn.Module) -> tuple[
     """The condensed network with what is known about it."""
     from ..hub.folders import Source
 
+    is_file = Path(args.name).exists()
+    step = f"chanzoo condense {'CHECKPOINT' if is_file else args.name} -o FOLDER"
     about = {
         **source.about,
-        "base_model": "" if Path(args.name).exists() else args.name.removeprefix("hf-hub:").partition("@")[0],
+        "base_model": "" if is_file else args.name.removeprefix("hf-hub:").partition("@")[0],
         "method": "condensed",
-        "command": f"chanzoo condense {'CHECKPOINT' if Path(args.name).exists() else args.name} -o FOLDER",
+        "command": " && ".join(filter(None, (source.about.get("command"), step))),
     }
     named = Source(model=small, state=small.state_dict(), cfg=source.cfg, data=source.data)
     return named, {"chanzoo": {key: value for key, value in about.items() if value}}

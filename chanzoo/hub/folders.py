@@ -85,7 +85,9 @@ def read_saved(folder: Path) -> Source:
     check_folder(folder)
     path = folder / FILE_NAME
     if not path.is_file():
-        raise UsageError(f'"{folder}" has no {FILE_NAME}.\n  Nothing was sent; other formats are never sent.')
+        raise UsageError(
+            f'"{folder}" has no {FILE_NAME}.\n  Nothing was sent or written; other formats are never sent.'
+        )
     state = parse_tensors(path.read_bytes(), path)
     model = create(f"local-dir:{folder}", str(folder), pretrained=True)
     about = json.loads((folder / CONFIG).read_bytes()).get("chanzoo", {})
@@ -112,7 +114,8 @@ def read_training(folder: Path, checkpoint: Path | None = None) -> Source:
     path = checkpoint or next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if path is None:
         raise UsageError(
-            f'"{folder}" has no checkpoint.\n  expected  {" or ".join(CHECKPOINTS)}\n  Nothing was sent.'
+            f'"{folder}" has no checkpoint.\n  expected  {" or ".join(CHECKPOINTS)}\n'
+            "  Nothing was sent or written."
         )
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
@@ -120,13 +123,13 @@ def read_training(folder: Path, checkpoint: Path | None = None) -> Source:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the pickle, of YAML, of files
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f'cannot read "{folder}": {first}\n  Nothing was sent.') from error
+        raise UsageError(f'cannot read "{folder}": {first}\n  Nothing was sent or written.') from error
     if not isinstance(args, dict) or not isinstance(args.get("model"), str) or not isinstance(saved, dict):
-        raise UsageError(f'"{folder}" is no output of timm\'s train script.\n  Nothing was sent.')
+        raise UsageError(f'"{folder}" is no output of timm\'s train script.\n  Nothing was sent or written.')
     averaged = saved.get("state_dict_ema")
     state = clean_state_dict(averaged or saved.get("state_dict") or {})
     if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise UsageError(f'{odd[0]} in "{path}" is no tensor.\n  Nothing was sent.')
+        raise UsageError(f'{odd[0]} in "{path}" is no tensor.\n  Nothing was sent or written.')
     model = _build_trained(args, state, str(folder))
     load(model, state, str(folder))
     try:
@@ -134,7 +137,7 @@ def read_training(folder: Path, checkpoint: Path | None = None) -> Source:
     except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(
             f'args.yaml of "{folder}" has no usable image size, mean or deviation: {error}\n'
-            "  Nothing was sent."
+            "  Nothing was sent or written."
         ) from error
     channels = int(getattr(model, "in_chans", data["input_size"][0]))
     data["input_size"] = (channels, *data["input_size"][1:])
@@ -203,7 +206,9 @@ def create(name: str, shown: str, **options: Any) -> nn.Module:
         raise
     except Exception as error:  # whatever a constructor raises
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f'cannot build the network of "{shown}": {first}\n  Nothing was sent.') from error
+        raise UsageError(
+            f'cannot build the network of "{shown}": {first}\n  Nothing was sent or written.'
+        ) from error
 
 
 def load(model: nn.Module, state: dict[str, Tensor], shown: str) -> None:
@@ -220,7 +225,7 @@ def load(model: nn.Module, state: dict[str, Tensor], shown: str) -> None:
             f'the tensors of "{shown}" are not those of the network that its options describe.\n'
             f"  expected  {key} {expected.get(key, 'absent')}\n"
             f"  found     {key} {found.get(key, 'absent')}\n"
-            "  Nothing was sent.   Changed widths have to be among the network's arguments"
+            "  Nothing was sent or written.   Changed widths have to be among the network's arguments"
         )
     model.load_state_dict(state)
 

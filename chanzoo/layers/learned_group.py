@@ -73,7 +73,8 @@ class _LearnedConv2d(nn.Module):
             condensation_factor: The paper's C: each group keeps one connection of so many; G if not given.
             act_layer: Activation, by timm's name or class.
             norm_layer: Norm, by timm's name or class. Only with a batch norm can the layer be condensed.
-            group_lasso: Weight of the group lasso, whose gradient is added in training.
+            group_lasso: Weight of the group lasso, whose gradient is added in training, at every backward:
+                where a step has several, scale it down as the loss is.
             device: Where to create parameters and buffers.
             dtype: Type of parameters.
 
@@ -323,7 +324,7 @@ class LearnedGroupConv2d(_LearnedConv2d):
         small.act = copy.deepcopy(self.act)
         weight = self.weight.flatten(1)[own.unsqueeze(2), kept.unsqueeze(1)]  # (groups, members, kept)
         small.weight.copy_(weight.reshape(small.weight.shape))
-        return small.train(self.training).requires_grad_(self.weight.requires_grad)
+        return _like(small, self)
 
 
 class SparseReactivation(_LearnedConv2d):
@@ -377,7 +378,7 @@ class SparseReactivation(_LearnedConv2d):
         small.act = copy.deepcopy(self.act)
         weight = self.weight.flatten(1)[kept.unsqueeze(2), own.unsqueeze(1)]  # (groups, kept, members)
         small.weight.copy_(weight.reshape(small.weight.shape))
-        return small.train(self.training).requires_grad_(self.weight.requires_grad)
+        return _like(small, self)
 
 
 class CondensedConv2d(nn.Module):
@@ -517,6 +518,13 @@ def _check_divides(*rules: tuple[str, int, str, int]) -> None:
             )
 
 
+def _like(small: Any, layer: Any) -> Any:
+    """A new layer in the mode of an old one; its norm and activation have theirs already."""
+    small.training = layer.training
+    small.weight.requires_grad_(layer.weight.requires_grad)
+    return small
+
+
 def _place(layer: Any) -> dict[str, Any]:
     return {"device": layer.weight.device, "dtype": layer.weight.dtype}
 
@@ -547,4 +555,6 @@ def _gathered_norm(norm: nn.Module, index: Tensor) -> nn.Module:
         if value.is_floating_point():
             small.to(value.dtype)
     small.load_state_dict(state)
-    return small
+    for key, value in norm.named_parameters():
+        small.get_parameter(key).requires_grad_(value.requires_grad)
+    return small.train(norm.training)

@@ -138,7 +138,7 @@ class ShuffleNetV2(StagedNet):
             condensed: Build the condensed form of the reactivation.
             total_steps: Training forwards in all (epochs × batches per epoch); masks stay as they are if not
                 given.
-            group_lasso: Weight of the group lasso.
+            group_lasso: As of :class:`chanzoo.layers.LearnedGroupConv2d`.
             num_classes: Outputs; 0 for no classifier.
             in_chans: Channels of the image.
             global_pool: Pooling before the classifier; empty for none, which leaves the outputs maps.

@@ -168,7 +168,8 @@ def count_steps(options: dict[str, Any], images: int, processes: int = 1) -> int
     steps = epochs * (-(-images // processes) // batch)
     if steps < 1:
         raise UsageError(
-            f"{images} images give {processes} processes no batch of {batch}: incomplete ones are dropped."
+            f"{images} images make no batch of {batch}"
+            f"{f' for each of {processes} processes' if processes > 1 else ''}: incomplete ones are dropped."
         )
     return steps
 

@@ -44,6 +44,7 @@ def run_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     options = {"model": "condensenetv2_cifar110", "model_kwargs": {"depths": [1, 1, 1], "total_steps": 9}}
     (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    (folder / "summary.csv").write_text("epoch,eval_top1\n7,50.0\n")
     for name, stage in (("last.pth.tar", 7), ("checkpoint-0.pth.tar", 3)):
         torch.save({"state_dict": network(stage).state_dict(), "epoch": stage}, folder / name)
     return folder
@@ -92,6 +93,12 @@ def test_a_training_run(cli, run_folder: Path, tmp_path: Path, which: str) -> No
     assert done.code == 0, done.err
     assert "0.0" not in done.out.split("params")[0] and "latency_ms, folded" in done.out
     assert load(out).condensed
+    assert {path.name for path in out.iterdir()} == FILES | {"recipe.yaml", "summary.csv"}  # of the training
+    assert (out / "summary.csv").read_bytes() == (run_folder / "summary.csv").read_bytes()
+    about = json.loads((out / "config.json").read_text())["chanzoo"]
+    assert "train.py" in about["command"] and about["command"].endswith(
+        "chanzoo condense CHECKPOINT -o FOLDER"
+    )
 
 
 def test_a_named_network_with_a_checkpoint(cli, tmp_path: Path) -> None:
@@ -186,7 +193,7 @@ def test_steps_of_recipes(cli, images: Path, tmp_path: Path) -> None:
     assert "pass --data" in cli("recipe", "steps", mine).err
     assert 'no image folder "none"' in cli("recipe", "steps", mine, "--data", "none").err
     done = cli("recipe", "steps", mine, "--data", images, "--processes", "9")
-    assert done.code == 2 and "give 9 processes no batch of 4" in done.err
+    assert done.code == 2 and "make no batch of 4 for each of 9 processes" in done.err
     mine.write_text("epochs: many\n")
     assert "epochs is 'many', expected a whole number" in cli("recipe", "steps", mine, "--data", images).err
 

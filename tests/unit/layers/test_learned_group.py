@@ -87,6 +87,20 @@ def test_the_condensed_layer_computes_the_same_and_leaves_the_source_alone(make,
     assert (small.index.view(groups, -1).diff(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("make", [lgc, sfr])
+def test_what_is_frozen_and_in_which_mode_stays(make) -> None:
+    layer = make(*SIZES[0]).train()
+    layer.condense_to(layer.condensation_factor - 1)
+    layer.norm.eval().requires_grad_(False)
+    small = layer.condensed()
+    assert small.training and not small.norm.training
+    assert [p.requires_grad for p in small.norm.parameters()] == [False, False] and small.weight.requires_grad
+    layer.norm.train().requires_grad_(True)
+    layer.weight.requires_grad_(False)
+    small = layer.condensed()
+    assert small.norm.training and small.norm.weight.requires_grad and not small.weight.requires_grad
+
+
 def test_the_strongest_stay_and_of_equals_the_first() -> None:
     layer = LearnedGroupConv2d(4, 2, 1, 4)
     with torch.no_grad():
