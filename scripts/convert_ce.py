@@ -95,13 +95,27 @@ def find_depth(state: dict[str, Tensor]) -> int:
     return depth
 
 
-def read_authors(path: Path) -> dict[str, Tensor]:
-    """The state dict inside a training checkpoint, without executing anything from the file."""
+def read_authors(path: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The state dict inside a training checkpoint, without executing anything from the file.
+
+    Args:
+        path: Tensors and plain values; the options of a run may be among them.
+        ema: Take the averaged weights if there are any.
+
+    Raises:
+        UsageError: It holds other things, or no state dict.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading a damaged file raises
-        raise UsageError(f"{path} holds more than tensors, or is damaged: {_first_line(error)}") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
+        raise UsageError(
+            f"{path} holds more than tensors and options, or is damaged: {_first_line(error)}"
+        ) from None
+    state = content
+    if isinstance(content, dict):
+        averaged = content.get("state_dict_ema") if ema else None
+        state = averaged or content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
         raise UsageError(f"{path} holds no state dict.")
     for key, value in state.items():
@@ -111,7 +125,8 @@ def read_authors(path: Path) -> dict[str, Tensor]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    line = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return re.sub(r"\x1b\[[0-9;]*m", "", line)  # torch prints some words bold
 
 
 def read_ours(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Convert checkpoints of the CondenseNet V2 authors to ours, and back.
 
 ``python scripts/convert_condensenet.py checkpoint.pth.tar FOLDER`` reads tensors only: nothing in the pickle
-is executed. Both of their forms are understood, with masks and converted; the network is found by the names
+is executed. Of a training run, the averaged weights are taken, as the authors do, or the plain ones with
+``--no-ema``. Both of their forms are understood, with masks and converted; the network is found by the names
 and shapes of the layers. What is written computes what the checkpoint computes, and
 ``timm.create_model("local-dir:FOLDER", pretrained=True)`` needs nothing else.
 
@@ -31,6 +32,7 @@ from chanzoo.cli.folders import write_whole
 from chanzoo.errors import ChanzooError, UsageError
 from chanzoo.hub.folders import Source, read_saved
 from chanzoo.hub.saved import network_files
+from chanzoo.layers import CondensedReactivation, SparseReactivation
 from chanzoo.layers.condensing import learned_layers
 from chanzoo.macs import count_params
 from chanzoo.models.condensenet import VARIANTS, CondenseNet
@@ -127,6 +129,14 @@ def write_authors(path: Path, folder: Path) -> nn.Module:
     model = read_saved(folder).model
     if not isinstance(model, CondenseNet) or not model.sfr_sizes[0]:
         raise UsageError(f'"{folder}" holds no CondenseNet V2 but a {type(model).__name__}.')
+    for name, layer in model.named_modules():
+        if isinstance(layer, (SparseReactivation, CondensedReactivation)):
+            found = (layer.groups, layer.condensation_factor)
+            if found[0] != found[1]:
+                raise UsageError(
+                    f'layer "{name}" has {found[0]} groups and condensation factor {found[1]}: theirs has '
+                    "one number for both."
+                )
     state = to_authors(model.state_dict())
     find_variant(state)
     partial = path.with_name(path.name + ".partial")
@@ -142,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="the authors' checkpoint, or our folder with --to-authors")
     parser.add_argument("target", type=Path, help="folder to write, or checkpoint with --to-authors")
     parser.add_argument("--to-authors", action="store_true", help="convert ours to the authors' layout")
+    parser.add_argument("--no-ema", action="store_true", help="not the averaged weights of a training run")
     args = parser.parse_args(argv)
     try:
         if args.to_authors:
@@ -149,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if not args.source.is_file():
                 raise UsageError(f"there is no file {args.source}.")
-            name, model = convert(read_authors(args.source))
+            name, model = convert(read_authors(args.source, ema=not args.no_ema))
             write(args.target, model)
     except ChanzooError as error:
         print(f"chanzoo: {error}\n  Nothing was written.", file=sys.stderr)

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, condense, measure, and write everything or nothing."""
     _check_arguments(args)
-    from ..layers import condense
+    from ..layers import condense, is_condensed
 
     source = _open(args)
     model: Any = source.model
@@ -84,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
         small = condense(model)
     except UsageError as error:
         hint = (
-            "\n  Train it to the end with --model-kwargs total_steps=N; see: chanzoo recipe steps --help"
-            if "expected" in str(error)
-            else "\n  Nothing was written."
+            ""
+            if is_condensed(model)
+            else "   Train it to the end with --model-kwargs total_steps=N; see: chanzoo recipe steps --help"
         )
-        raise UsageError(f"{str(error).removesuffix(' The network is unchanged.').rstrip()}{hint}") from error
+        what = str(error).removesuffix("The network is unchanged.").rstrip()
+        raise UsageError(f"{what}\n  Nothing was written.{hint}") from error
     report = {**_measure(args, model, small), "of": source.remark}
     saved = _saved(args, source, small)
 
@@ -229,10 +230,13 @@ def _saved(args: argparse.Namespace, source: Source, small: nn.Module) -> tuple[
     from ..hub.folders import Source
 
     is_file = Path(args.name).exists()
-    step = f"chanzoo condense {'CHECKPOINT' if is_file else args.name} -o FOLDER"
+    options = " --checkpoint CHECKPOINT" * bool(args.checkpoint) + " --ema" * bool(args.ema)
+    step = f"chanzoo condense {'CHECKPOINT' if is_file else args.name + options} -o FOLDER"
     about = {
         **source.about,
-        "base_model": "" if is_file else args.name.removeprefix("hf-hub:").partition("@")[0],
+        "base_model": ""
+        if is_file or args.checkpoint
+        else args.name.removeprefix("hf-hub:").partition("@")[0],
         "method": "condensed",
         "command": " && ".join(filter(None, (source.about.get("command"), step))),
     }

@@ -40,7 +40,8 @@ A site is an activation that a norm feeds. OUT_DIR gets tables (CSV), a summary 
   ablation   accuracy while 0 … 90 % of every site's channels are silenced, in random order
   gains      |γ| of the batch norms, and the gain with Channel Equilibrium behind it
 With --reuse there is one table and one picture: which earlier features each layer of a CondenseNet reads
-and refreshes, as the mean magnitude of its weights. It needs no images.
+and refreshes, as the mean magnitude of its weights. In the picture each row is scaled by its largest, so
+rows and networks do not compare by colour. It needs no images.
 """
 _FILES = {
     "summary.json",

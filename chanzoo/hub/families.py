@@ -145,8 +145,9 @@ FAMILIES = (
         "without reactivation. They drop connections in the first half of training; `condensed` in a tag "
         "says that masks have become small grouped convolutions, with the same outputs. No configuration was "
         "published for V2 on CIFAR: `condensenetv2_cifar110` and `146` are rebuilt from the published sizes. "
-        "`condensenet_cifar62` is a depth of our own, whose cost is that of `condensenetv2_cifar110`. Our "
-        "runs are short (12 and 24 epochs; the authors train 300 and more).",
+        "`condensenet_cifar62` is a depth of our own, which has about the multiply-adds of "
+        "`condensenetv2_cifar110`, and fewer parameters. Our runs on CPUs are short (12 and 24 epochs; the "
+        "authors train 300 and more).",
         citation="""\
 @inproceedings{yang2021condensenet,
   title     = {CondenseNet V2: Sparse Feature Reactivation for Deep Networks},

@@ -78,9 +78,11 @@ def check_form(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *
                 "condensed=True"
             )
         if isinstance(module, _LEARNED) and f"{prefix}{name}.index" in state_dict:
+            by_itself = getattr(model, "learns_connections", False)
             raise UsageError(
                 f"the tensors are of the condensed form, {type(model).__name__} was built to be trained.\n"
-                "  Nothing was loaded.   Build it with condensed=True"
+                f"  Nothing was loaded.   {'Build it' if by_itself else 'Use add_reactivation'} with "
+                "condensed=True"
             )
 
 
@@ -89,11 +91,14 @@ class CondensingProgress(nn.Module):
 
     Attributes:
         train_step: Scalar of int64: training forwards so far; part of the state dict.
+        planned_steps: Scalar of int64: the ``total_steps`` that they were counted towards, 0 for none; part
+            of the state dict.
         total_steps: Training forwards in all: epochs × batches per epoch and process. None leaves the masks
             alone.
     """
 
     train_step: Tensor
+    planned_steps: Tensor
 
     def __init__(self, total_steps: int | None = None, device: Any = None) -> None:
         """Start at zero.
@@ -102,13 +107,9 @@ class CondensingProgress(nn.Module):
             UsageError: ``total_steps`` is no whole number above 0.
         """
         super().__init__()
-        if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
-            raise UsageError(
-                f"total_steps={total_steps!r}: expected a whole number above 0 (epochs × batches).\n"
-                "  Nothing was built."
-            )
-        self.total_steps = total_steps
-        self.register_buffer("train_step", torch.zeros((), dtype=torch.int64, device=device))
+        self.total_steps = _checked(total_steps)
+        for name in ("train_step", "planned_steps"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         self._step: int | None = None  # the buffer's value, known without waiting for a device
         self._stages: dict[int, int] = {}  # C → stage that the layers have been brought to
         self._epoch_start: int | None = None
@@ -128,10 +129,6 @@ class CondensingProgress(nn.Module):
 
         Nothing happens in evaluation, without gradients (when statistics of norms are measured anew), or
         without ``total_steps``.
-
-        Raises:
-            UsageError: A layer's group lasso and float16 autocast are both on: the loss is scaled there, the
-                lasso's gradient is not.
         """
         if not self.total_steps or not self.training or not torch.is_grad_enabled():
             return
@@ -170,35 +167,72 @@ class CondensingProgress(nn.Module):
         if self.training and not mode and self._step is not None and self.total_steps:
             start, self._epoch_start = self._epoch_start, None
             length = self._step - (start or 0)
-            if start is not None and length > 0 and self.total_steps % length:
-                _logger.warning(
-                    "total_steps=%d is %.2f times the %d training batches before this evaluation. If that "
-                    "was an epoch, drops come at the wrong time: total_steps is epochs × batches per epoch.",
-                    *(self.total_steps, self.total_steps / length, length),
-                )
+            if start is not None and length > 0 and self._drops_are_left():
+                self._say_epochs(length)
         return super().train(mode)
+
+    def _drops_are_left(self) -> bool:
+        return any(stage < factor - 1 for factor, stage in self._stages.items())
+
+    def _say_epochs(self, length: int) -> None:
+        """What ``total_steps`` means if an epoch has ``length`` batches."""
+        total = self.total_steps or 0
+        if total % length:
+            _logger.warning(
+                "total_steps=%d is %.2f times the %d training batches before this evaluation. If that "
+                "was an epoch, drops come at the wrong time: total_steps is epochs × batches per epoch.",
+                *(total, total / length, length),
+            )
+            return
+        first = -(-total // (2 * (max(self._stages) - 1)))
+        _logger.info(
+            "total_steps=%d stands for %d epochs of %d batches: the first connections are dropped in epoch "
+            "%d, the last in epoch %d, counted from 0",
+            *(total, total // length, length, first // length, -(-total // 2) // length),
+        )
 
     def _start(self, model: nn.Module) -> None:
         """Take the position from the buffer, after building, loading or moving."""
-        layers = learned_layers(model).values()
-        lasso = any(layer.group_lasso > 0 for layer in layers)
-        kind = self.train_step.device.type
-        if lasso and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            raise UsageError(
-                "group_lasso does not go with float16 autocast: the loss is scaled there, the lasso's "
-                "gradient is not.\n  Use bfloat16 (train.py: --amp-dtype bfloat16), or group_lasso=0."
-            )
-        self._step = int(self.train_step)
+        total = self.total_steps or 0
+        self._step = step = int(self.train_step)
         self._epoch_start = self._step if self._end is None else None
         self._stages = {}
-        for layer in layers:
+        for layer in learned_layers(model).values():
             factor, stage = layer.condensation_factor, int(layer.stage)
             self._stages[factor] = min(stage, self._stages.get(factor, stage))
-        self._is_early = self._step < (self.total_steps or 0)
+        self._is_early = step < total
+        planned = int(self.planned_steps)
+        if step and planned not in (0, total) and self._drops_are_left():
+            _logger.warning(
+                "%d training forwards were counted towards total_steps=%d (%.0f %%), which is %d now "
+                "(%.0f %%). If an epoch has another number of batches than before, set progress.train_step "
+                "to %d.",
+                *(step, planned, 100 * step / planned, total, 100 * step / total, step * total // planned),
+            )
+        self.planned_steps.fill_(total)
         if self._end is None:
-            factor = max(self._stages, default=1)
-            self._end = {"step": self._step, "total": self.total_steps or 0, "factor": factor, "stage": 0}
+            self._end = {}
             weakref.finalize(self, _warn_unfinished, self._end)
+        self._end |= {"step": step, "total": total, "factor": max(self._stages, default=1), "stage": 0}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes its position from the buffers, and says itself if its training ends too early."""
+        return {**self.__dict__, "_step": None, "_stages": {}, "_epoch_start": None, "_end": None}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
+        """Load; ``planned_steps`` may be missing."""
+        state_dict.setdefault(f"{prefix}planned_steps", torch.zeros_like(self.planned_steps))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _checked(total_steps: Any) -> int | None:
+    """``total_steps``, unless it is no number of steps."""
+    if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
+        raise UsageError(
+            f"total_steps={total_steps!r}: expected a whole number above 0 (epochs × batches).\n"
+            "  Nothing was built."
+        )
+    return total_steps
 
 
 def _forget(progress: CondensingProgress, _keys: Any) -> None:
@@ -208,7 +242,7 @@ def _forget(progress: CondensingProgress, _keys: Any) -> None:
 
 def _warn_unfinished(end: dict[str, int]) -> None:
     """Say at the end that the network cannot be condensed yet."""
-    if end["stage"] < end["factor"] - 1:
+    if end["total"] and end["stage"] < end["factor"] - 1:
         _logger.warning(
             "training ended at step %d of total_steps=%d, at stage %d of %d: the network is not condensed. "
             "Resume it, or start with the right total_steps.",
@@ -235,10 +269,12 @@ def follow_progress(model: nn.Module, total_steps: int | None) -> None:
     earlier: Any = getattr(model, "progress", None)
     if earlier is not None and not isinstance(earlier, CondensingProgress):
         raise UsageError(f'{type(model).__name__} has a part "progress" of its own.\n  Nothing was changed.')
-    progress = CondensingProgress(total_steps, device).train(model.training)
     if earlier is not None:
-        progress.load_state_dict(earlier.state_dict())
-    elif not hasattr(model, "progress"):  # else its class counts as soon as it has something to count with
+        earlier.total_steps = _checked(total_steps)
+        _forget(earlier, None)
+        return
+    progress = CondensingProgress(total_steps, device).train(model.training)
+    if not hasattr(model, "progress"):  # else its class counts as soon as it has something to count with
         model.register_forward_pre_hook(_tick)
     model.progress = progress
 

@@ -26,6 +26,8 @@ __all__ = ["CondensedConv2d", "CondensedReactivation", "LearnedGroupConv2d", "Sp
 
 _LASSO_FLOOR = 1e-6  # sums of squares below it count as this much and have no gradient
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class _AddGradient(torch.autograd.Function):
     """The identity, with something added to the gradient on the way back."""
@@ -201,6 +203,12 @@ class _LearnedConv2d(nn.Module):
 
     @torch.jit.ignore()
     def _with_lasso(self, weight: Tensor) -> Tensor:
+        kind = weight.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise UsageError(
+                "group_lasso does not go with float16 autocast: the loss is scaled there, the lasso's "
+                "gradient is not.\n  Use bfloat16 (train.py: --amp-dtype bfloat16), or group_lasso=0."
+            )
         with torch.no_grad():
             sums = self._grouped(weight).square().sum(dim=1, keepdim=True)
             scale = sums.rsqrt().masked_fill(sums < _LASSO_FLOOR, 0) * self.group_lasso
@@ -268,6 +276,10 @@ class _LearnedConv2d(nn.Module):
 
         Shape:
             x ``(b, in, h, w)`` → ``(b, out, h, w)``.
+
+        Raises:
+            UsageError: Group lasso and float16 autocast are both on: the loss is scaled there, the lasso's
+                gradient is not.
         """
         weight = self.masked_weight()
         if not torch.jit.is_scripting() and self.training and self.group_lasso > 0:
@@ -530,13 +542,13 @@ def _place(layer: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _gathered_norm(norm: nn.Module, index: Tensor) -> nn.Module:
+def _gathered_norm(norm: Any, index: Tensor) -> nn.Module:
     """A batch norm of the gathered channels.
 
     Raises:
         UsageError: It is another norm, whose statistics would not be those of the channels alone.
     """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if type(norm) not in _BATCH_NORMS:  # a subclass may do more, such as timm's with an activation
         raise UsageError(
             f"its norm is a {type(norm).__name__}, whose channels cannot be taken apart.\n"
             "  expected  a batch norm"

@@ -163,7 +163,7 @@ def plot_reuse(networks: Mapping[str, Sequence[ReuseRow]], path: Path) -> None:
             axes = figure.add_subplot(len(kinds), len(networks), line * len(networks) + column)
             edges = (-0.5, len(sources) - 0.5, len(layers) + 0.5, 0.5)
             axes.imshow(grid, aspect="auto", cmap="Reds", vmin=0, vmax=1, extent=edges)
-            axes.set_title(f"{name}: {kind}", fontsize=9)
+            axes.set_title(f"{name}: {kind} (each row: share of its largest)", fontsize=8)
             axes.set(xlabel="made by layer (0: stem)", ylabel="layer")
     figure.savefig(path, dpi=150)
 

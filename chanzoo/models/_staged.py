@@ -176,6 +176,8 @@ class StagedNet(nn.Module):
         if self.learns_connections:  # else it got its layers by hand, and no arguments build it
             self.condensed = True
             update_model_args(self, condensed=True)
+            args: Any = self._model_args
+            args.pop("total_steps", None)
 
     @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:

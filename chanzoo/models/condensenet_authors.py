@@ -85,7 +85,7 @@ def to_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict from ours, of either form; the inverse of :func:`from_authors`.
 
     Raises:
-        UsageError: The index of a reactivation does not have one entry per old map: theirs has G = C only.
+        UsageError: The index of a reactivation cannot be theirs, which has one entry per old map (G = C).
     """
     theirs: dict[str, Tensor] = {}
     for key, value in state.items():

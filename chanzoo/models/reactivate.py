@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -42,7 +43,9 @@ def add_reactivation(
     exclude: str | Iterable[str] = (),
     groups: int | None = None,
     condensation_factor: int | None = None,
+    group_lasso: float = 0.0,
     total_steps: int | None = None,
+    condensed: bool = False,
     example: Tensor | None = None,
 ) -> list[str]:
     """Put a sparse reactivation into every module that carries maps through beside new ones, in place.
@@ -53,8 +56,10 @@ def add_reactivation(
 
     The convolutions of the layers start with zeros, which have a gradient: at first the network computes what
     it did. So load pretrained weights before this call, and weights of the changed network after the same
-    call on a fresh one. When trained, :func:`chanzoo.condense` makes the condensed form. The random
-    state is left as it was. In modules that are not ours a hook runs the layer, which cannot be scripted.
+    call on a fresh one, with ``condensed=True`` for those of the form that :func:`chanzoo.condense` makes of
+    it when trained. The random state is left as it was. A network that counted its training already starts
+    anew at 0; what it dropped stays dropped. In modules that are not ours a hook runs the layer, which
+    cannot be scripted.
 
     Args:
         model: Any network of maps ``(b, c, h, w)``.
@@ -64,8 +69,10 @@ def add_reactivation(
         exclude: Globs over the names to leave out.
         groups: The paper's G; the largest of 8, 4, 2 and 1 that divides both old and new maps if not given.
         condensation_factor: The paper's C; ``groups`` if not given.
+        group_lasso: As of :class:`chanzoo.layers.LearnedGroupConv2d`.
         total_steps: Training forwards in all (epochs × batches per epoch). Masks stay as they are if not
             given, now or in an earlier call.
+        condensed: Put in layers of the condensed form, to load tensors of that.
         example: Input to try the network with, if it takes no images of 64×64 or its own size. Only its shape
             and type matter.
 
@@ -75,7 +82,8 @@ def add_reactivation(
     Raises:
         UsageError: A pattern matches no module or none that carries maps through, everything is excluded, a
             module has a layer already or another part ``sfr``, groups or factor do not divide its maps,
-            ``total_steps`` is no number of steps, or the network does not run. It is not changed then.
+            ``total_steps`` is no number of steps or was given for the condensed form, or the network does
+            not run. It is not changed then.
 
     Source:
         arXiv:2104.04382, section 3.2.
@@ -106,14 +114,27 @@ def add_reactivation(
     if not chosen:
         raise UsageError(_no_match(model, "every matched module is excluded", names, example))
     earlier = _check_progress(model, total_steps)
-    with torch.random.fork_rng(devices=[]):
+    if condensed and (total_steps is not None or group_lasso):
+        raise UsageError(
+            "total_steps and group_lasso belong to the training form: the condensed one drops nothing.\n"
+            "  The network is unchanged."
+        )
+    make: Any = CondensedReactivation if condensed else partial(SparseReactivation, group_lasso=group_lasso)
+    with torch.random.fork_rng(devices={p.device.index for p in model.parameters() if p.is_cuda}):
         layers = {
-            name: _layer(model, name, carried, groups, condensation_factor)
+            name: _layer(model, name, carried, make, groups, condensation_factor)
             for name, carried in chosen.items()
         }
     for name, carried in chosen.items():
         _insert(model, name, layers[name], carried)
-    follow_progress(model, total_steps if total_steps is not None or earlier is None else earlier.total_steps)
+    network: Any = model
+    if getattr(network, "learns_connections", False):
+        network.learns_connections = False  # as far as its arguments say
+    if not condensed:
+        if earlier is not None:
+            earlier.train_step.zero_()
+            total_steps = earlier.total_steps if total_steps is None else total_steps
+        follow_progress(model, total_steps)
     return list(chosen)
 
 
@@ -286,15 +307,15 @@ def _check_progress(model: nn.Module, total_steps: int | None) -> CondensingProg
 
 
 def _layer(
-    model: nn.Module, name: str, carried: _Carried, groups: int | None, factor: int | None
-) -> SparseReactivation:
+    model: nn.Module, name: str, carried: _Carried, make: Any, groups: int | None, factor: int | None
+) -> SparseReactivation | CondensedReactivation:
     module = model.get_submodule(name)
     old, new = carried.old_channels, carried.new_channels
     tensors = chain(module.parameters(), module.buffers(), model.parameters())
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     groups = math.gcd(old, new, 8) if groups is None else groups
     try:
-        layer = SparseReactivation(new, old, groups, factor, device=like.device, dtype=like.dtype)
+        layer = make(new, old, groups, factor, device=like.device, dtype=like.dtype)
     except UsageError as error:
         raise UsageError(
             f'module "{name}" has {old} old maps and {new} new ones: {error}\n  The network is unchanged.'
@@ -303,7 +324,7 @@ def _layer(
     return layer.train(module.training)
 
 
-def _insert(model: nn.Module, name: str, layer: SparseReactivation, carried: _Carried) -> None:
+def _insert(model: nn.Module, name: str, layer: nn.Module, carried: _Carried) -> None:
     module: Any = model.get_submodule(name)
     if isinstance(module, _READY):
         module.sfr = layer

@@ -312,7 +312,7 @@ def shufflenetv2_x1_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def sfr_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNet V2 with sparse feature reactivation."""
+    """ShuffleNet V2 1.0× with sparse feature reactivation."""
     return _create("sfr_shufflenetv2", pretrained, **kwargs)
 
 

@@ -6,6 +6,7 @@ import ast
 import difflib
 import os
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,20 @@ def count_steps(options: dict[str, Any], images: int, processes: int = 1) -> int
     Raises:
         UsageError: There is less than one batch.
     """
-    epochs = options.get("epochs", 300) + options.get("cooldown_epochs", 0)
-    if options.get("warmup_prefix"):
-        epochs += options.get("warmup_epochs", 5)
+    if odd := [key for key in ("epoch_repeats", "aug_repeats") if options.get(key)]:
+        raise UsageError(
+            f"batches cannot be counted with {odd[0]}: leave it out, or count a run of one epoch."
+        )
+    import torch
+    from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+    given = {"sched": "cosine", "epochs": 300, "warmup_epochs": 5, **options, "sched_on_updates": False}
+    lonely = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    try:
+        schedule: Any = scheduler_kwargs(Namespace(**given))
+        _, epochs = create_scheduler_v2(lonely, **schedule)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UsageError(f"timm makes no schedule of these options: {error}") from error
     batch = options.get("batch_size", 128)
     steps = epochs * (-(-images // processes) // batch)
     if steps < 1:

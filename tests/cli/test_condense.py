@@ -111,9 +111,9 @@ def test_a_named_network_with_a_checkpoint(cli, tmp_path: Path) -> None:
         "condense", "condensenet_cifar50", "--checkpoint", tmp_path / "net.pth", "-o", tmp_path / "out"
     )
     assert done.code == 0, done.err
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["chanzoo"]["base_model"] == (
-        "condensenet_cifar50"
-    )
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["chanzoo"]
+    command = "chanzoo condense condensenet_cifar50 --checkpoint CHECKPOINT -o FOLDER"
+    assert about == {"method": "condensed", "command": command}
 
 
 def test_an_unfinished_network_is_refused(cli, run_folder: Path, tmp_path: Path) -> None:
@@ -122,8 +122,21 @@ def test_an_unfinished_network_is_refused(cli, run_folder: Path, tmp_path: Path)
     assert (
         'layer "stage1.0.conv1" cannot be condensed: group 0 of 8 has 10 of 16 in_channels left' in done.err
     )
-    assert "expected  2 (1 of 8), after stage 7" in done.err and "total_steps=N" in done.err
+    assert "expected  2 (1 of 8), after stage 7" in done.err
+    assert "\n  Nothing was written.   Train it to the end with --model-kwargs total_steps=N" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_norm_that_cannot_be_taken_apart(cli, tmp_path: Path) -> None:
+    model = timm.create_model("condensenetv2_cifar110", **ARGS, norm_layer="groupnorm1")
+    for layer in learned_layers(model).values():
+        layer.condense_to(7)
+    timm.models.save_for_hf(
+        model, tmp_path / "net", model_args={**ARGS, "norm_layer": "groupnorm1"}, safe_serialization=True
+    )
+    done = cli("condense", tmp_path / "net", "-o", tmp_path / "out")
+    assert done.code == 2 and "its norm is a GroupNorm1" in done.err
+    assert done.err.rstrip().endswith("Nothing was written.")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +203,18 @@ def test_steps_of_recipes(cli, images: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("epochs: 3\nbatch_size: 4\nwarmup_epochs: 2\nwarmup_prefix: true\ntrain_split: val\n")
     assert cli("recipe", "steps", mine, "--data", images).out.strip() == str(5 * (23 // 4))
+    for text, epochs in (
+        ("lr_cycle_limit: 2", 6),
+        ("sched: step\ncooldown_epochs: 5", 3),
+        ("cooldown_epochs: 5", 8),
+    ):
+        mine.write_text(f"epochs: 3\nbatch_size: 4\nwarmup_epochs: 0\ntrain_split: val\n{text}\n")
+        assert cli("recipe", "steps", mine, "--data", images).out.strip() == str(epochs * (23 // 4))
+    mine.write_text("aug_repeats: 3\n")
+    assert "cannot be counted with aug_repeats" in cli("recipe", "steps", mine, "--data", images).err
+    mine.write_text("sched: cosin\nlr_cycle_limit: many\n")
+    assert "no schedule of these options: Unknown" in cli("recipe", "steps", mine, "--data", images).err
+    mine.write_text("batch_size: 4\n")
     assert "pass --data" in cli("recipe", "steps", mine).err
     assert 'no image folder "none"' in cli("recipe", "steps", mine, "--data", "none").err
     done = cli("recipe", "steps", mine, "--data", images, "--processes", "9")

@@ -228,8 +228,9 @@ def test_a_number_of_steps_that_is_none(total: object) -> None:
         CondensingProgress(total)
 
 
-def test_lasso_and_scaled_losses_do_not_mix() -> None:
-    model = net(4)
+@pytest.mark.parametrize("total", [4, None])
+def test_lasso_and_scaled_losses_do_not_mix(total: int | None) -> None:
+    model = net(total)
     model.conv.group_lasso = 0.1
     with torch.autocast("cpu", torch.float16), pytest.raises(UsageError, match="float16"):
         model(torch.randn(2, 3, 6, 6))
@@ -252,6 +253,67 @@ def test_following_anew_keeps_the_position_and_counts_once() -> None:
     follow_progress(model, 12)
     run(model, 1)
     assert int(model.progress.train_step) == 3 and model.progress.total_steps == 12
+
+
+def test_following_anew_is_not_the_end_of_training(caplog: pytest.LogCaptureFixture) -> None:
+    model = net(100)
+    run(model, 3)
+    follow_progress(model, 40)
+    gc.collect()
+    assert not said(caplog, "training ended at step 3 of total_steps=100")
+    run(model, 2)
+    del model
+    gc.collect()
+    assert said(caplog, "training ended at step 5 of total_steps=40")
+
+
+def test_a_copy_says_itself_when_its_training_ends_too_early(caplog: pytest.LogCaptureFixture) -> None:
+    model = net(50)
+    run(model, 1)
+    again = copy.deepcopy(model)
+    run(again, 3)
+    del again
+    gc.collect()
+    assert said(caplog, "training ended at step 4 of total_steps=50")
+
+
+def test_the_first_epoch_says_what_the_steps_mean(caplog: pytest.LogCaptureFixture) -> None:
+    model = net(60)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            run(model, 5)
+            model.eval()
+            model.train()
+    (text,) = said(caplog, "total_steps=60 stands for 12 epochs of 5 batches")
+    assert "the first connections are dropped in epoch 2, the last in epoch 6, counted from 0" in text
+    assert all(stage == (0, 0) for stage in run(net(60), 10))
+    assert (
+        run(net(60), 11)[-1] == (1, 0) and run(net(60), 30)[-1] == (2, 0) and run(net(60), 31)[-1] == (3, 1)
+    )
+
+
+def test_another_number_of_steps_on_the_way_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, again = net(100), net(25)
+    run(model, 20)
+    again.load_state_dict(model.state_dict())
+    run(again, 1)
+    (text,) = said(caplog, "20 training forwards were counted towards total_steps=100 (20 %)")
+    assert "which is 25 now (80 %)" in text and text.endswith("set progress.train_step to 5.")
+    third = net(25)
+    third.load_state_dict(again.state_dict())
+    run(third, 1)
+    assert len(said(caplog, "2")) == 1
+
+
+def test_counts_of_earlier_versions_load() -> None:
+    model, again = net(8), net(8)
+    run(model, 3)
+    state = model.state_dict()
+    del state["progress.planned_steps"]
+    again.load_state_dict(state)
+    assert int(again.progress.train_step) == 3
+    run(again, 5)
+    assert is_condensed(again)
 
 
 def test_starting_over() -> None:
@@ -346,7 +408,9 @@ def test_a_finished_network_is_trained_further_in_silence(
     again.load_state_dict(model.state_dict())
     caplog.clear()
     run(again, 3)
+    again.eval()
     assert is_condensed(again)
+    assert not said(caplog, "total_steps=") and not said(caplog, "4 training forwards")
     del again
     gc.collect()
     assert not said(caplog, "training goes on") and not said(caplog, "training ended at step 7")

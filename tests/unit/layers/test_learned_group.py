@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from chanzoo.errors import UsageError
@@ -215,6 +216,13 @@ def test_a_norm_of_several_channels_cannot_be_taken_apart() -> None:
     layer = LearnedGroupConv2d(16, 16, 4, norm_layer="groupnorm1")
     layer.condense_to(3)
     with pytest.raises(UsageError, match="its norm is a GroupNorm1"):
+        layer.condensed()
+
+
+def test_a_batch_norm_that_does_more_is_refused() -> None:
+    layer = lgc(8, 8, 2, 2, norm_layer=BatchNormAct2d)
+    layer.condense_to(1)
+    with pytest.raises(UsageError, match="its norm is a BatchNormAct2d"):
         layer.condensed()
 
 

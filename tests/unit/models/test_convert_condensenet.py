@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,29 @@ def test_both_forms_come_in_and_go_out_again(trained: nn.Module, tmp_path: Path,
     returned = torch.load(back, weights_only=True)["state_dict"]
     assert returned.keys() == state.keys()
     assert all(torch.equal(returned[key], value) for key, value in state.items())
+
+
+def test_of_a_training_run_the_averaged_weights_are_taken(trained: nn.Module, tmp_path: Path) -> None:
+    """Beside tensors, such a file holds the options of the run."""
+    plain, averaged = theirs(trained), theirs(trained)
+    averaged["classifier.bias"] = averaged["classifier.bias"] + 1
+    file = tmp_path / "a.pth.tar"
+    torch.save({"state_dict": plain, "state_dict_ema": averaged, "args": Namespace(lr=0.4)}, file)
+    for options, shift in (((), 1), (("--no-ema",), 0)):
+        folder = tmp_path / f"ours{shift}"
+        assert main([str(file), str(folder), *options]) == 0
+        found = timm.create_model(f"local-dir:{folder}", pretrained=True).fc.bias
+        assert torch.equal(found, trained.fc.bias + shift)
+    torch.save({"state_dict": plain, "args": nn.Linear(1, 1)}, file)
+    assert main([str(file), str(tmp_path / "more")]) == 2
+
+
+def test_what_their_layout_cannot_say_is_not_written(tmp_path: Path, capsys) -> None:
+    model = timm.create_model("condensenetv2_a", reactivation_factor=4)
+    timm.models.save_for_hf(model, tmp_path / "ours", safe_serialization=True)
+    assert main([str(tmp_path / "ours"), str(tmp_path / "back.pth"), "--to-authors"]) == 2
+    assert "has 8 groups and condensation factor 4: theirs has one number" in capsys.readouterr().err
+    assert not (tmp_path / "back.pth").exists()
 
 
 @pytest.mark.parametrize(

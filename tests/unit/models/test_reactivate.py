@@ -292,17 +292,56 @@ def test_mixed_precision() -> None:
     assert all(layer.weight.grad is not None for layer in learned_layers(model).values())
 
 
-def test_a_second_call_keeps_the_count() -> None:
+def test_what_comes_later_is_trained_from_the_start() -> None:
+    """Else new layers would drop connections at once, all of them zeros."""
     model = Network()
     add_reactivation(model, "mixed", total_steps=4)
     x = torch.randn(2, 3, 32, 32)
-    train(model, x, 2)
+    train(model, x, 4)
+    done = model.mixed.sfr.mask.clone()
     add_reactivation(model, "blocks.*")
-    assert int(model.progress.train_step) == 2
+    assert int(model.progress.train_step) == 0
     assert model.progress.total_steps == 4
-    train(model, x, 2)
+    train(model, x, 1)
+    assert all(layer.mask.all() for name, layer in learned_layers(model).items() if name != "mixed.sfr")
+    train(model, x, 3)
     assert int(model.progress.train_step) == 4
     assert all(layer.is_condensed() for layer in learned_layers(model).values())
+    assert torch.equal(model.mixed.sfr.mask, done)
+
+
+@pytest.mark.parametrize("make", [Network, tiny_densenet, lambda: timm.create_model("shufflenetv2_x0_5")])
+def test_the_condensed_form_comes_back_by_the_same_call(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    add_reactivation(model, "*", total_steps=2, condensation_factor=2, groups=2)
+    x = torch.randn(2, 3, 64, 64)
+    train(model, x, 2)
+    small, again = condense(model.eval()), make().eval()
+    add_reactivation(again, "*", condensed=True, condensation_factor=2, groups=2)
+    assert again.state_dict().keys() == small.state_dict().keys()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(x), small(x))
+
+
+def test_networks_of_ours_with_more_layers_than_their_arguments_say() -> None:
+    model = timm.create_model("condensenet_cifar50")
+    add_reactivation(model, "stage1.1", total_steps=2)
+    train(model, torch.randn(2, 3, 32, 32), 2)
+    small = condense(model.eval())
+    assert not small.condensed and "condensed" not in small._model_args
+    again = timm.create_model("condensenet_cifar50")
+    add_reactivation(again, "stage1.1")
+    with pytest.raises(UsageError, match="Use add_reactivation with condensed=True"):
+        again.load_state_dict(small.state_dict())
+
+
+def test_lasso() -> None:
+    model = Network()
+    add_reactivation(model, "*", group_lasso=0.5)
+    assert all(layer.group_lasso == 0.5 for layer in learned_layers(model).values())
+    refuses(Network(), "belong to the training form", "*", condensed=True, group_lasso=0.5)
+    refuses(Network(), "belong to the training form", "*", condensed=True, total_steps=5)
 
 
 def test_an_example_for_networks_of_another_input() -> None:
