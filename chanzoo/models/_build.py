@@ -19,6 +19,7 @@ from ._saved import check_config, check_network, read_saved
 __all__ = ["arch_cfgs", "build", "cifar_cfg", "imagenet_cfg"]
 
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+_BASES: dict[str, dict[str, Any]] = {}  # architecture → config without weights
 
 
 def cifar_cfg(stride: int = 4, **kwargs: Any) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def arch_cfgs(
     """
     cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     for arch in archs:
+        _BASES.setdefault(arch, base)
         for row in weights_of(arch):
             source: dict[str, Any] = {}
             if row.revision:
@@ -115,6 +117,8 @@ def build(
             overlay = _explicit_file(variant, tag, overlay)
         elif tag:
             row_args = next((row.model_args for row in weights_of(variant) if row.tag == tag), {})
+        elif not pretrained:  # the network as published; timm would take the data set of its first weights
+            source = _BASES.get(variant)
     else:
         source = dict(source) if isinstance(source, dict) else source.to_dict(remove_null=False)
         if source.get("source") in ("hf-hub", "local-dir"):

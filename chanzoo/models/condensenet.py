@@ -344,7 +344,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         CondenseNet,
         name,
         pretrained,
-        defaults={"num_classes": 10 if name in _SMALL else 1000, **VARIANTS[name]},
+        defaults=VARIANTS[name],
         feature_levels=tuple(range(len(depths))),
         **kwargs,
     )

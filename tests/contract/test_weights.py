@@ -72,3 +72,17 @@ def test_cards_are_fresh() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "build_cards.py"), "--check"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, f"{run.stdout}{run.stderr}  Mend: python scripts/build_cards.py"
+
+
+def test_without_weights_a_network_is_as_published() -> None:
+    """Not as the data set of its first weights would have it, which is what timm takes otherwise."""
+    for arch in sorted({row.arch for row in WEIGHTS.values()}):
+        if timm.is_model(arch):
+            model = timm.create_model(arch)
+            assert (model.num_classes, model.pretrained_cfg["input_size"]) in {
+                (10, (3, 32, 32)),
+                (1000, (3, 224, 224)),
+            }
+            assert "tag" not in model.pretrained_cfg
+    assert timm.create_model("condensenetv2_a").num_classes == 1000
+    assert timm.create_model("condensenetv2_a", pretrained=True).num_classes == 200
