@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it is there")
     parser.add_argument("--data", metavar="DATA_DIR", help="measure the accuracy of both forms on images")
     parser.add_argument("--val-split", default="val", metavar="SPLIT", help="for accuracy (default: val)")
-    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="(default: 32 on a CPU, else 256)")
     parser.add_argument(
         "--workers", type=natural, default=0, metavar="N", help="processes that read images (default: 0)"
     )

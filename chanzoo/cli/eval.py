@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", default="val", help="split, or name of a tar file in DATA_DIR (default: val)"
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=256, metavar="N", help="per process (default: 256)"
+        "--batch-size", type=positive, metavar="N", help="per process (default: 32 on a CPU, else 256)"
     )
     parser.add_argument(
         "--workers", type=natural, default=2, metavar="N", help="processes that read images (default: 2)"
@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f'no image folder "{args.data}".')
     import torch
 
-    from ..measure.accuracy import evaluate
+    from ..measure.accuracy import default_batch_size, evaluate
 
     with processes(args.device) as (rank, world, device):
         args.device = device
+        batch_size = args.batch_size or default_batch_size(device)
         model = build_model(args.name, args)
         start = time.perf_counter()
         with progress_bar(f"{args.name} on {args.split}") as progress:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
                 model,
                 args.data,
                 split=args.split,
-                batch_size=args.batch_size,
+                batch_size=batch_size,
                 workers=args.workers,
                 device=device,
                 amp=args.amp,
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "top1_count": result.top1_count,
         "top5_count": result.top5_count,
         "loss": result.loss,
-        "batch_size": args.batch_size,
+        "batch_size": batch_size,
         "device": device,
         "amp": args.amp_dtype if args.amp else None,
         "processes": world,

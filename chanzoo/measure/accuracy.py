@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import ChanzooError
 from .images import Picked, open_images, open_loader
 
-__all__ = ["Accuracy", "evaluate"]
+__all__ = ["Accuracy", "default_batch_size", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,18 @@ class Accuracy:
         return self.top5_count / self.images
 
 
+def default_batch_size(device: torch.device | str) -> int:
+    """32 on CPUs, where the maps of more images overrun caches and cost fresh memory; else 256."""
+    return 32 if torch.device(device).type == "cpu" else 256
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     data_dir: str | Path,
     *,
     split: str = "val",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int = 0,
     device: torch.device | str = "cpu",
     amp: bool = False,
@@ -71,7 +76,7 @@ def evaluate(
         model: A timm network; moved to ``device``, otherwise as before afterwards.
         data_dir: See :func:`chanzoo.measure.images.open_images`.
         split: Part of the data.
-        batch_size: Images at a time, per process.
+        batch_size: Images at a time, per process; if not given, what :func:`default_batch_size` says.
         workers: Processes that read images; 0 for none besides this one.
         device: Where to compute.
         amp: Compute in 16 bits where that is safe.
@@ -83,6 +88,7 @@ def evaluate(
         ChanzooError: An output is not finite.
     """
     device = torch.device(device)
+    batch_size = default_batch_size(device) if batch_size is None else batch_size
     dataset = open_images(model, data_dir, split)
     if dist.is_available() and dist.is_initialized():
         dataset = Picked(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
