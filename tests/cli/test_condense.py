@@ -144,7 +144,7 @@ def test_a_norm_that_cannot_be_taken_apart(cli, tmp_path: Path) -> None:
     [
         (("cifar_resnet20", "--weights", "none"), "CifarResNet has no layer that learns its connections"),
         (("condensenetv2_cifar11",), "Did you mean condensenetv2_cifar110?"),
-        (("condensenetv2_a",), "no pretrained weights"),
+        (("condensenetv2_cifar146",), "no pretrained weights"),
         (("condensenetv2_a", "--weights", "none", "--data", "nowhere"), 'no image folder "nowhere"'),
     ],
 )

@@ -149,7 +149,7 @@ def test_damaged_files_and_targets_that_cannot_be(tmp_path: Path, capsys: pytest
     junk.write_text("junk\n")
     file.write_text("mine")
     assert main([str(junk), str(tmp_path / "out")]) == 2
-    assert "junk.pth holds more than tensors, or is damaged: KeyError" in capsys.readouterr().err
+    assert "junk.pth holds more than tensors and options, or is damaged: KeyError" in capsys.readouterr().err
     torch.save(state_of("vgg_16_bn"), good)
     (tmp_path / "out.partial").mkdir()
     assert main([str(good), str(file / "out")]) == 1
