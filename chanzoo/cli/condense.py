@@ -40,6 +40,7 @@ EXAMPLES = """\
 OUT_DIR gets the network (config.json, model.safetensors), which timm loads by name:
 timm.create_model("local-dir:OUT_DIR", pretrained=True). Beside it, recipe and summary of a run, and
 report.json: multiply-adds, parameters, bytes and latency of both forms, and how much their outputs differ.
+The latency called "folded" is that of timm.utils.reparameterize_model(network), the one to deploy on a CPU.
 A network that has not dropped all its connections is refused: nothing is dropped here.
 """
 _EVIDENCE = ("recipe.yaml", "summary.csv")  # of the training, which is that of both forms
