@@ -32,7 +32,7 @@ EXAMPLES = """\
   chanzoo inspect cifar_resnet20.c10j --against ce_cifar_resnet20.c10j --channels DATA -o channels
   chanzoo inspect resnet50 --channels DATA --sites "layer1.*" --branch -o channels
   chanzoo inspect ce_resnet50 --channels DATA --weights none --images 200 --seeds 1 -o fresh
-  chanzoo inspect condensenetv2_cifar110 --reuse --weights none -o reuse
+  chanzoo inspect condensenetv2_cifar110.c10j --against condensenet_cifar62.c10j --reuse -o reuse
 
 A site is an activation that a norm feeds. OUT_DIR gets tables (CSV), a summary (JSON) and pictures (PNG):
   sites      channels of each site whose mean magnitude is below the threshold
