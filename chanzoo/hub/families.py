@@ -178,7 +178,8 @@ FAMILIES = (
         text="Ma et al., *ShuffleNet V2* (ECCV 2018, arXiv:1807.11164), and the same with the sparse feature "
         "reactivation of CondenseNet V2 (arXiv:2104.04382): in each unit that keeps the size of the maps, "
         "the half that was convolved updates the half that was not. The authors published no code of it: "
-        "where the update goes follows their figure and remarks, groups and factor are ours.",
+        "where the update goes follows their figure and remarks; groups, factor, and that updates start at "
+        "zero, are ours.",
         citation="""\
 @inproceedings{ma2018shufflenet,
   title     = {ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design},

@@ -4,8 +4,8 @@ Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture D
 arXiv:1807.11164); Yang et al., "CondenseNet V2: Sparse Feature Reactivation for Deep Networks" (CVPR 2021,
 arXiv:2104.04382). Half of the maps pass a unit unchanged; with reactivation (``sfr_``) the other half, fresh
 from its convolutions, updates them. The authors released neither code nor settings of that network: where the
-update is taken and its groups are our reading. The plain network has torchvision's names and computes the
-same.
+update is taken, its groups and that it starts at zero are our choice. The plain network has torchvision's
+names and computes the same.
 """
 
 # No postponed annotations here: scripting needs the type of forward's argument, not its name.
@@ -213,20 +213,16 @@ class ShuffleNetV2(StagedNet):
 
     @torch.jit.ignore()
     def init_weights(self) -> None:
-        """Kaiming normal with fan out for convolutions; the classifier as torch makes it."""
+        """Kaiming normal with fan out for convolutions; the classifier as torch makes it.
+
+        Those of reactivations start with zeros, which have a gradient. So the network begins as the plain
+        one: weights of that one (``load_state_dict(…, strict=False)``) keep their function, and training
+        from nothing goes better than with random updates.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    @torch.jit.ignore()
-    def zero_reactivation(self) -> None:
-        """Zero the convolutions of the reactivation, whose gradient is not zero then.
-
-        With weights of a plain network (``load_state_dict(…, strict=False)``) the network starts from that
-        one's function.
-        """
-        for module in self.modules():
-            if isinstance(module, (SparseReactivation, CondensedReactivation)):
+            elif isinstance(module, (SparseReactivation, CondensedReactivation)):
                 nn.init.zeros_(module.weight)
 
     @torch.jit.ignore()
