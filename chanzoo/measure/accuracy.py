@@ -51,7 +51,7 @@ class Accuracy:
 
 
 def default_batch_size(device: torch.device | str) -> int:
-    """32 on CPUs, where the maps of more images overrun caches and cost fresh memory; else 256."""
+    """Images at a time: 32 on CPUs, where the maps of more overrun caches and cost fresh memory; else 256."""
     return 32 if torch.device(device).type == "cpu" else 256
 
 

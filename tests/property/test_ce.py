@@ -1,15 +1,13 @@
 """What holds for Channel Equilibrium whatever the numbers."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chanzoo.layers import ChannelEquilibrium, inverse_sqrt
 from chanzoo.layers.decorrelation import block_size
 
 seeds = st.integers(0, 2**31)
-settings.register_profile("ce", deadline=None, max_examples=25, derandomize=True)
-settings.load_profile("ce")
 
 
 @given(st.integers(1, 4096), st.integers(1, 256))

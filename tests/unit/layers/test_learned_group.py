@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,6 @@ def test_each_stage_drops_a_share_of_each_group_for_good(make, sizes) -> None:
         assert int(layer.stage) == stage
         before = alive.clone()
     assert layer.is_condensed()
-
-
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("make", [lgc, sfr])
-def test_a_jump_is_the_single_steps(make, sizes) -> None:
-    step, factor = make(*sizes), sizes[3]
-    jump = copy.deepcopy(step)
-    for stage in range(1, factor):
-        step.condense_to(stage)
-    jump.condense_to(factor - 1)
-    assert torch.equal(step.mask, jump.mask)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
