@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-from chanzoo.layers.condensing import condensing_stage
+from chanzoo.layers.condensing import condensing_stage, learned_layers
 from chanzoo.recipes.check import recipe_path
 
 pytestmark = pytest.mark.slow
@@ -120,6 +120,21 @@ def test_accumulating_gradients_counts_forwards(timm_repo: Path, image_folder: P
     last = state(tmp_path / "run" / "last.pth.tar")
     assert int(last["progress.train_step"]) == TOTAL and stages(last) == {FACTOR - 1}
     assert "not condensed" not in said
+
+
+def test_group_lasso_shrinks_groups_under_the_script(
+    unbroken: Path, timm_repo: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """The same run with it, from the same weights: its gradient is all that differs."""
+    options = ("--model-kwargs", f"total_steps={TOTAL}", *SMALL, "group_lasso=0.001")
+    train(timm_repo, image_folder, tmp_path / "run", *options)
+    sums = []
+    for run in (tmp_path / "run", unbroken):
+        model = timm.create_model("condensenetv2_cifar110", depths=(1, 1, 1), condensation_factor=FACTOR,
+                                  reactivation_factor=FACTOR)  # fmt: skip
+        model.load_state_dict(state(run / "checkpoint-0.pth.tar"))  # before the last drop, which ends it
+        sums.append(sum(layer.lasso_penalty().item() for layer in learned_layers(model).values()))
+    assert 0 < sums[0] < 0.999 * sums[1]
 
 
 def test_a_wrong_number_of_steps_is_said_before_a_drop_is_missed(
